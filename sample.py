@@ -1,0 +1,71 @@
+"""Draw pictures with a trained model: `python sample.py` makes a grid of cats. This is Algorithm 2 of DDPM as a program."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from processes import randn, sample, strides
+from toolbox.files import errors_in_one_sentence
+from toolbox.models import load_model
+from toolbox.pictures import grid, save, save_gif, save_grid, to_image
+from toolbox.run import pick_device
+
+OWN = Path("runs/cats/model.pt")
+CHUNK = 64  # pictures that go through the network together
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a model.pt, or the name of a ready model (default: runs/cats/model.pt if there, else cats)")
+    parser.add_argument("--n", type=int, default=64, help="how many pictures")
+    parser.add_argument("--steps", type=int, default=50, help="network calls for each picture")
+    parser.add_argument("--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM")
+    parser.add_argument("--seed", type=int, default=0, help="picture i has the seed SEED + i")
+    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png for a grid, else a folder for single pictures")
+    parser.add_argument("--gif", type=Path, help="also write how the grid comes out of the noise")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    args = parser.parse_args()
+    if args.n < 1:
+        raise ValueError(f"--n {args.n}: expected 1 picture or more")
+
+    model = args.model or (OWN if OWN.exists() else "cats")
+    device = pick_device(args.device)
+    network, schedule, about = load_model(model, device)
+    shape = (about["channels"], about["size"], about["size"])
+    print(f"{args.n} pictures of {about['size']}x{about['size']} pixels by the model {model}, trained on {about['data']}")
+
+    chunks = range(args.seed, args.seed + args.n, CHUNK)
+    bar = tqdm(total=len(strides(schedule.T, args.steps)) * len(chunks), unit="step")
+    pictures, trail = [], []
+
+    def on_step(x: Tensor, t_prev: int) -> Tensor:
+        bar.update()
+        if args.gif:
+            trail.append(x.cpu())
+        return x
+
+    for first in chunks:
+        seeds = range(first, min(first + CHUNK, args.seed + args.n))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # each picture has its own noise, so that
+        noise = randn((len(seeds), *shape), generators, device=device)  # it is the same one whatever stands beside it
+        x0 = sample(network, noise, schedule, args.steps, args.eta, clip=True, generator=generators, on_step=on_step)
+        pictures.append(x0.cpu())
+    bar.close()
+    pictures = torch.cat(pictures)
+
+    if args.out.suffix.lower() == ".png":
+        save_grid(pictures, args.out)
+    else:
+        for seed, picture in enumerate(pictures, start=args.seed):
+            save(to_image(picture), args.out / f"{seed:06}.png")
+    if args.gif:
+        save_gif([grid(torch.cat(trail[step :: args.steps])) for step in range(args.steps)], args.gif)
+    print(f"wrote {args.out}" + (f" and {args.gif}" if args.gif else ""))
+
+
+if __name__ == "__main__":
+    with errors_in_one_sentence():
+        main()

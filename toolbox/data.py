@@ -1,0 +1,97 @@
+"""Pictures to train on, decoded once into a file of bytes that is mapped into memory: drawn cats, or a folder."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from toolbox import cats
+from toolbox.files import whole_file
+
+CACHE = Path(__file__).parent.parent / "data"
+DRAWN_CATS = 16_384  # more would be a few seconds' work; these are enough that a network of this size does not learn them by heart
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str
+    images: Tensor  # (N, C, size, size), bytes 0 .. 255
+
+    @property
+    def size(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+
+def load_data(name: str, size: int | None = None) -> Data:
+    """`cats` (32 px unless told), or a folder of pictures, at any depth (64 px unless told: centre-cropped, resized)."""
+    if name == "cats":
+        return load_cats(size or 32)
+    if Path(name).is_dir():
+        return load_folder(Path(name), size or 64)
+    raise ValueError(f"--data {name}: expected the word 'cats' or a folder of pictures, and there is no folder of that name")
+
+
+def load_cats(size: int) -> Data:
+    renderer = hashlib.sha256(Path(cats.__file__).read_bytes()).hexdigest()[:8]  # another renderer, other cats
+
+    def drawings() -> Iterator[Tensor]:
+        for start in tqdm(range(0, DRAWN_CATS, 256), desc="drawing cats", leave=False):
+            yield from to_bytes(cats.draw(256, size, start=start)[0])
+
+    return Data("cats", cached(f"cats-{size}px-{renderer}", drawings, DRAWN_CATS, (3, size, size)))
+
+
+def load_folder(folder: Path, size: int) -> Data:
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise ValueError(f"{folder}: expected pictures ({', '.join(sorted(SUFFIXES))}) in this folder or below, found none")
+    listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+    key = hashlib.sha256(f"{folder.resolve()}\n{listing}".encode()).hexdigest()[:12]
+
+    def pictures() -> Iterator[Tensor]:
+        for path in tqdm(files, desc=f"reading {folder.name}", leave=False):
+            try:
+                with Image.open(path) as image:
+                    image = ImageOps.exif_transpose(image).convert("RGB")
+                    yield pil_to_tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+            except Exception as error:  # Pillow raises nearly anything on a broken file
+                tqdm.write(f"skipped {path}: not a readable picture ({error})")
+
+    images = cached(f"{folder.resolve().name}-{size}px-{key}", pictures, len(files), (3, size, size))
+    return Data(folder.resolve().name, images)
+
+
+def cached(name: str, make, at_most: int, shape: tuple[int, int, int]) -> Tensor:
+    """The pictures that `make()` yields, (N, *shape) bytes, mapped from a file that is written the first time."""
+    path = CACHE / f"{name}.bytes"
+    each = shape[0] * shape[1] * shape[2]
+    if not path.exists():
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            for picture in make():
+                file.write(picture.numpy().tobytes())
+    count = path.stat().st_size // each
+    if count == 0:
+        path.unlink()
+        raise ValueError(f"none of the {at_most} files is a readable picture")
+    return torch.from_file(str(path), size=count * each, dtype=torch.uint8).view(count, *shape)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0 .. 255, rounded."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """0 .. 255 -> [-1, 1]."""
+    return images.float() / 127.5 - 1

@@ -1,0 +1,78 @@
+"""Pictures of pictures: a grid, a GIF, the plots of a training."""
+
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from toolbox.data import to_bytes
+from toolbox.files import whole_file
+
+matplotlib.use("Agg")  # draw into files, no window
+import matplotlib.pyplot as plt  # noqa: E402
+
+SMALLEST = 64  # pixels: smaller pictures are enlarged in a grid
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1], one channel or three -> an image of Pillow's."""
+    pixels = to_bytes(picture.cpu()).permute(1, 2, 0)
+    return Image.fromarray((pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).numpy())
+
+
+def grid(images: Tensor, enlarge: bool = True) -> Image.Image:
+    """(N, C, H, W) in [-1, 1] -> one picture, about as wide as high; small images are enlarged by whole pixels."""
+    if enlarge:
+        images = F.interpolate(images, scale_factor=max(1, SMALLEST * 3 // 2 // images.shape[-1]))
+    columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
+    return to_image(make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1.0))
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    save(grid(images), path)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    with whole_file(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def save_gif(frames: list[Image.Image], path: Path, seconds: float = 4.0, hold: float = 2.0) -> None:
+    """The frames play in `seconds`, the last one stays for `hold`; then it begins anew."""
+    durations = [max(20, int(1000 * seconds / len(frames)))] * (len(frames) - 1) + [int(1000 * hold)]
+    palette = [frame.convert("RGB").quantize(128) for frame in frames]
+    with whole_file(path) as temporary:
+        palette[0].save(temporary, format="GIF", save_all=True, append_images=palette[1:], duration=durations, loop=0)
+
+
+def plot_training(history: list[tuple[int, float]], levels: dict[int, float], path: Path) -> None:
+    """Left: the loss as the training went, (step, loss). Right: where it comes from, time step -> loss."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    left.plot(*zip(*history, strict=True))
+    left.set(xlabel="training step", ylabel="mean squared error", yscale="log", title="all noise levels together")
+    right.plot(list(levels), list(levels.values()), marker="o")
+    right.set(xlabel="time step t: little noise ... only noise", yscale="log", title="by noise level, averaged weights")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+    plt.close(figure)
+
+
+def loss_by_level(predict_noise, x0: Tensor, schedule, levels: int = 10) -> dict[int, float]:
+    """Mean squared error at `levels` time steps, with the same noise each time it is called."""
+    from processes import add_noise
+
+    result = {}
+    generator = torch.Generator().manual_seed(0)
+    for level in torch.linspace(0, schedule.T - 1, levels).long().tolist():
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        t = torch.full((len(x0),), level, device=x0.device)
+        with torch.no_grad():
+            x_t, noise = add_noise(x0, t, schedule, noise)
+            result[level] = F.mse_loss(predict_noise(x_t, t), noise).item()
+    return result

@@ -1,0 +1,80 @@
+"""Train a diffusion model: `python train.py` learns to draw cats. This is Algorithm 1 of DDPM as a program."""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from processes import NoiseSchedule, add_noise, randn, sample
+from toolbox.data import load_data
+from toolbox.files import errors_in_one_sentence
+from toolbox.models import card, load_model
+from toolbox.pictures import loss_by_level, plot_training, save_grid
+from toolbox.run import Run, pick_device
+from unet import UNet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="cats", help="'cats' (drawn by this project), or a folder of pictures")
+    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATA); the same command goes on with it")
+    parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps in all; more go on with a finished run")
+    parser.add_argument("--size", type=int, help="pixels (default: 32 for cats, 64 for a folder)")
+    parser.add_argument("--batch", type=int, default=64, help="pictures in a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
+    args = parser.parse_args()
+
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)  # the network's first weights
+    if args.model:
+        network, schedule, old = load_model(args.model)
+        data = load_data(args.data, args.size or old["size"])
+    else:
+        data = load_data(args.data, args.size)
+        network, schedule = UNet(data.channels, data.channels), NoiseSchedule.linear()
+    network.check_size(data.size, data.size)
+
+    run = Run(
+        folder=args.out or Path("runs") / data.name,
+        network=network,
+        data=data,
+        card=card(network, schedule, data.size, data.name),
+        settings={"model": args.model, "pictures": len(data.images)},
+        steps=args.steps,
+        batch=args.batch,
+        seed=args.seed,
+        device=device,
+        precision=args.precision,
+    )
+    if run.k >= args.steps:
+        print(f"{run.folder} holds this training, finished after {run.k} steps: more --steps go on, another --out begins anew")
+        return
+    run.announce()
+
+    predict_noise = run.fast(run.network)
+    for x0 in run.batches():
+        t = run.randint(schedule.T)  # a time step for each picture, all equally likely
+        x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
+        loss = F.mse_loss(predict_noise(x_t, t), noise)
+        run.step(loss)
+        if run.pictures_due():
+            show(run, schedule)
+
+
+def show(run: Run, schedule: NoiseSchedule) -> None:
+    """What the averaged network makes of 36 pieces of noise, always the same ones, and where its loss comes from."""
+    predict_noise = run.fast(run.averaged)
+    generators = [torch.Generator().manual_seed(i) for i in range(36)]
+    noise = randn((36, *run.data.images.shape[1:]), generators, device=run.device)
+    save_grid(sample(predict_noise, noise, schedule, clip=True, generator=generators), run.folder / f"samples-{run.k:06}.png")
+    levels = loss_by_level(predict_noise, run.pictures(64), schedule)
+    plot_training(run.history, levels, run.folder / "loss.png")
+
+
+if __name__ == "__main__":
+    with errors_in_one_sentence():
+        main()
