@@ -2,7 +2,7 @@
 
 Everywhere: x0 is a clean image and x_t a noised one, float (B, C, H, W), images in [-1, 1]; t is a long (B,) in 0 .. T-1;
 noise is standard normal. The model is any callable predict_noise(x_t, t) -> noise of the shape of x_t.
-The derivations are in docs/math.md; "(4)" in a comment is its equation 4.
+"math.md (4)" in a comment is equation 4 of docs/math.md, where it is derived.
 """
 
 import math
@@ -29,7 +29,7 @@ class NoiseSchedule:
 
     @classmethod
     def linear(cls, T: int = 1000) -> "NoiseSchedule":
-        """DDPM (Ho et al. 2020, section 4): each step's share of noise, beta, grows from 0.0001 to 0.02."""
+        """DDPM (Ho et al. 2020, section 4): each step's share of noise, math.md (1)'s beta, grows from 0.0001 to 0.02."""
         return cls.from_betas("linear", torch.linspace(1e-4, 0.02, T, dtype=torch.float64))
 
     @classmethod
@@ -45,7 +45,7 @@ class NoiseSchedule:
 
     @classmethod
     def from_betas(cls, name: str, betas: Tensor) -> "NoiseSchedule":
-        return cls(name, torch.cumprod(1 - betas, dim=0).float())  # alpha_bar_t = (1 - beta_0) ... (1 - beta_t)
+        return cls(name, torch.cumprod(1 - betas, dim=0).float())  # math.md (2): alpha_bar_t = (1 - beta_0) ... (1 - beta_t)
 
 
 def add_noise(x0: Tensor, t: Tensor, schedule: NoiseSchedule, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def add_noise(x0: Tensor, t: Tensor, schedule: NoiseSchedule, noise: Tensor | No
     if noise is None:
         noise = torch.randn_like(x0)
     alpha_bar = schedule.alpha_bar.to(x0)[t].view(-1, *[1] * (x0.ndim - 1))  # (B, 1, 1, 1)
-    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise  # math.md (3)
 
 
 # What to pass to `sample`, and what one gets (network calls: `steps`):
@@ -87,12 +87,12 @@ def sample(
         a, a_prev = alpha_bar[t], alpha_bar[t_prev]
         noise = predict_noise(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
 
-        x0 = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)  # (2) solved for x0: what the picture would be
+        x0 = (x - math.sqrt(1 - a) * noise) / math.sqrt(a)  # math.md (8): the picture, if it is right
         if clip:
             x0 = x0.clamp(-1, 1)
-            noise = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)  # (2) solved for the noise that fits this x0
-        sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))  # (10); 0 in the last step: a_prev is 1
-        x = math.sqrt(a_prev) * x0 + math.sqrt(max(0.0, 1 - a_prev - sigma**2)) * noise  # (11): back to level t_prev
+            noise = (x - math.sqrt(a) * x0) / math.sqrt(1 - a)  # (8) the other way round
+        sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))  # math.md (10); 0 in the last step
+        x = math.sqrt(a_prev) * x0 + math.sqrt(max(0.0, 1 - a_prev - sigma**2)) * noise  # math.md (9)
         if sigma > 0:
             x = x + sigma * randn(x.shape, generator, x.dtype, x.device)
 

@@ -59,7 +59,7 @@ def main() -> None:
     for x0 in run.batches():
         t = run.randint(schedule.T)  # a time step for each picture, all equally likely
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
-        loss = F.mse_loss(predict_noise(x_t, t), noise)
+        loss = F.mse_loss(predict_noise(x_t, t), noise)  # math.md (7)
         run.step(loss)
         if run.pictures_due():
             show(run, schedule)

@@ -27,3 +27,5 @@ def errors_in_one_sentence() -> Iterator[None]:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -32,8 +32,8 @@ def card(network: UNet, schedule: NoiseSchedule, size: int, data: str, classes: 
 def save_model(path: Path, network: nn.Module, card: dict) -> None:
     """Float16 halves the file; rounding a weight to 11 bits changes the predicted noise by less than a thousandth."""
     weights = {name: w.detach().half().cpu().contiguous() for name, w in network.state_dict().items()}
-    with whole_file(path) as temporary:
-        torch.save(card | {"weights": weights}, temporary)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        torch.save(card | {"weights": weights}, file)
 
 
 def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[UNet, NoiseSchedule, dict]:
@@ -66,5 +66,7 @@ def read(path: Path) -> object:
     """torch.load, without executing anything that a file may contain (weights_only)."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+    except PermissionError:
+        raise
+    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: expected a file that torch.save wrote whole; this one is damaged or of another kind") from error

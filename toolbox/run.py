@@ -68,11 +68,11 @@ class Run:
                 raise ValueError(f"{name} {number}: expected 1 or more")
         self.folder, self.data, self.card, self.settings = folder, data, card, settings | {"batch": batch, "seed": seed}
         self.steps, self.batch, self.seed, self.device, self.precision = steps, batch, seed, device, precision
-        self.k = 0  # training steps done
+        self.k = self.saved_k = 0  # training steps done; and of the last checkpoint
         self.history: list[tuple[int, float]] = []  # (step, mean loss since the entry before)
         self.recent: list[float] = []
         self.stop_asked = False
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # on CPUs GroupNorm loses what convolutions gain
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # on CPUs it slows GroupNorm
         self.network = network.to(device, memory_format=layout)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False).eval()
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
@@ -96,6 +96,7 @@ class Run:
             self.bar.close()
             signal.signal(signal.SIGINT, previous)
         if self.k < self.steps:
+            self.save()
             print(f"stopped and saved after step {self.k} of {self.steps}: the same command goes on from here")
             sys.exit(130)
 
@@ -110,7 +111,7 @@ class Run:
     # ---- one step of learning -------------------------------------------------------------------------------------
 
     def step(self, loss: Tensor) -> None:
-        """Backward, clip, AdamW, average; then progress, a checkpoint when one is due, and whether to stop."""
+        """Backward, clip, AdamW, average; then progress, and a checkpoint when one is due."""
         for group in self.optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1, (self.k + 1) / WARM_UP)
         self.optimizer.zero_grad()
@@ -122,7 +123,7 @@ class Run:
         self.k += 1
         self.average()
         self.note(loss.item())
-        if self.stop_asked or self.k == self.steps or time.monotonic() - self.saved_at > SAVE_EVERY:
+        if self.k == self.steps or time.monotonic() - self.saved_at > SAVE_EVERY:
             self.save()
 
     @torch.no_grad()
@@ -135,10 +136,10 @@ class Run:
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
 
     def stop_broken(self, loss: float, length: float) -> None:
-        self.bar.close()
+        kept = f"the checkpoint of step {self.saved_k} is kept in {self.folder}" if self.saved_k else "there is no checkpoint yet"
         raise ValueError(
-            f"step {self.k + 1}: the loss is {loss} and its gradient's length {length}, so this training is broken from here on; "
-            f"the last good checkpoint is kept in {self.folder}. Try --precision float32, or look for broken pictures in the data"
+            f"step {self.k + 1}: the loss is {loss} and its gradient {length} long, so learning on would break the network; {kept}. "
+            "Try --precision float32, or look for broken pictures in the data"
         )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
@@ -151,23 +152,24 @@ class Run:
         """The first n of the data, (n, C, H, W) in [-1, 1]."""
         return from_bytes(self.data.images[:n]).to(self.device)
 
-    # ---- as fast as the machine allows -------------------------------------------------------------------------------
+    # ---- as fast as the machine allows ------------------------------------------------------------------------------
 
     def announce(self) -> None:
-        """Time one step in float32 and in bfloat16, take the faster, and say what is going to happen."""
+        """Time a step in float32 and in bfloat16, take the faster one, and say what is going to happen."""
         seconds = {p: self.time_step(p) for p in ([self.precision] if self.precision else ["float32", "bfloat16"])}
         self.precision = min(seconds, key=seconds.get)
-        minutes = (self.steps - self.k) * seconds[self.precision] / 60
-        each = ", ".join(f"{p} {s:.2f} s a step" for p, s in seconds.items())
-        millions = sum(p.numel() for p in self.network.parameters()) / 1e6
-        print(f"data       {self.data.name}: {len(self.data.images):,} pictures of {self.data.size}x{self.data.size}, {self.data.channels} channels")
-        print(f"network    {millions:.1f} million parameters")
-        print(f"device     {self.device}, {self.precision} ({each})")
-        print(f"training   step {self.k} to {self.steps}, {self.batch} pictures each, about {minutes:.0f} minutes")
-        print(f"folder     {self.folder}")
+        timed = ", ".join(f"{precision} {s:.2f} s" for precision, s in seconds.items())
+        images, minutes = self.data.images, (self.steps - self.k) * seconds[self.precision] / 60
+        print(f"data      {self.data.name}: {len(images):,} pictures of {'x'.join(map(str, images.shape[1:]))}")
+        print(f"network   {sum(p.numel() for p in self.network.parameters()) / 1e6:.1f} million parameters")
+        print(f"device    {self.device}, {self.precision} (a step takes: {timed})")
+        print(f"training  steps {self.k} to {self.steps} with {self.batch} pictures each: about {minutes:.0f} minutes")
+        print(f"folder    {self.folder}", flush=True)
+        if self.device.type == "cuda" and sys.platform == "linux" and minutes > 5:
+            self.network.compile()  # costs a minute or two once, so only a longer run gains
 
     def time_step(self, precision: str) -> float:
-        """Seconds of a forward and a backward pass, the best of three: the first ones also find memory and kernels."""
+        """Seconds for the network forward and backward, the best of three: the first ones also look for memory."""
         x = torch.zeros(self.batch, *self.data.images.shape[1:], device=self.device)
         t = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         seconds = []
@@ -178,15 +180,15 @@ class Run:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
-        except (RuntimeError, TypeError) as error:
-            if precision == "float32" or self.precision == precision:
-                raise ValueError(f"no training step is possible in {precision} on {self.device}: {error}") from error
-            return float("inf")  # this device has no bfloat16
+        except (RuntimeError, TypeError):  # this device has no bfloat16
+            if precision == "float32" or precision == self.precision:
+                raise
+            return float("inf")
         finally:
             self.network.zero_grad()
         return min(seconds)
 
-    def fast(self, network: nn.Module, precision: str | None = None) -> Callable[..., Tensor]:
+    def fast(self, network: nn.Module, precision: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
         """The same function in the run's precision."""
         bfloat16 = (precision or self.precision) == "bfloat16"
 
@@ -222,7 +224,7 @@ class Run:
             temporary.write_text("step,loss\n" + "".join(f"{k},{loss:.6f}\n" for k, loss in self.history))
         with whole_file(self.folder / "resume.pt") as temporary:  # last: when it says "done", all is there
             torch.save(content, temporary)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_k = time.monotonic(), self.k
 
     def resume(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +247,8 @@ class Run:
         self.network.load_state_dict(content["network"])
         self.averaged.load_state_dict(content["averaged"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.precision, self.k, self.history, self.recent = content["precision"], content["k"], content["history"], content["recent"]
+        self.precision, self.history, self.recent = content["precision"], content["history"], content["recent"]
+        self.k = self.saved_k = content["k"]
 
     def ask_to_stop(self, *_: object) -> None:
         self.stop_asked = True

@@ -1,0 +1,136 @@
+"""`python sample.py`: a grid, single pictures, a GIF; the same seed gives the same picture, whoever stands beside it."""
+
+import sys
+
+import pytest
+import torch
+from conftest import TINY, command
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+import sample
+from processes import NoiseSchedule
+from toolbox.models import READY, card, load_model, save_model
+from toolbox.pictures import grid, to_image
+from unet import UNet
+
+
+@pytest.fixture
+def draw_here(here, monkeypatch, capsys):
+    """draw_here("--n", 3) draws with a tiny, random network in this process; returns what was printed."""
+    torch.manual_seed(0)
+    network = UNet(**TINY)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    save_model(here / "tiny.pt", network, card(network, NoiseSchedule.linear(), 8, "nothing"))
+
+    def run(*arguments):
+        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        defaults = {"--model": "tiny.pt", "--steps": 4, "--device": "cpu"}
+        monkeypatch.setattr(sys, "argv", ["sample.py", *(str(word) for pair in (defaults | given).items() for word in pair)])
+        sample.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def pixels(image):
+    """(3, height, width), 0 .. 255, of a file or of an opened image."""
+    image = image if isinstance(image, Image.Image) else Image.open(image)
+    return pil_to_tensor(image.convert("RGB")).float()
+
+
+def test_same_seed_same_file_and_another_seed_another(draw_here, here):
+    draw_here("--n", 5, "--out", "a.png", "--gif", "a.gif")
+    draw_here("--n", 5, "--out", "b.png", "--gif", "b.gif")
+    draw_here("--n", 5, "--out", "c.png", "--seed", 5)
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes() != (here / "c.png").read_bytes()
+    assert (here / "a.gif").read_bytes() == (here / "b.gif").read_bytes()
+
+
+def test_a_picture_is_the_same_whatever_n_seed_and_chunk(draw_here, here, monkeypatch):
+    draw_here("--n", 9, "--out", "all")
+    draw_here("--n", 1, "--seed", 7, "--out", "one")
+    monkeypatch.setattr(sample, "CHUNK", 2)
+    draw_here("--n", 9, "--out", "chunks")
+    assert sorted(p.name for p in (here / "all").iterdir()) == [f"{i:06}.png" for i in range(9)]
+    assert (pixels(here / "all/000007.png") - pixels(here / "one/000007.png")).abs().max() <= 1  # to rounding
+    for i in range(9):
+        assert (pixels(here / f"all/{i:06}.png") - pixels(here / f"chunks/{i:06}.png")).abs().max() <= 1
+    assert (pixels(here / "all/000007.png") - pixels(here / "all/000006.png")).abs().max() > 20
+
+
+def test_a_grid_shows_every_picture_enlarged_by_whole_pixels(draw_here, here):
+    draw_here("--n", 3, "--out", "grid.png")
+    draw_here("--n", 3, "--out", "single")
+    image = Image.open(here / "grid.png")
+    factor = 96 // 8
+    assert image.size == (2 * (8 * factor + 2) + 2, 2 * (8 * factor + 2) + 2)
+    for i, (left, top) in enumerate([(2, 2), (8 * factor + 4, 2), (2, 8 * factor + 4)]):
+        cell = image.crop((left, top, left + 8 * factor, top + 8 * factor)).resize((8, 8), Image.Resampling.NEAREST)
+        assert torch.equal(pixels(cell), pixels(here / f"single/{i:06}.png"))
+
+
+def test_the_gif_goes_from_noise_to_the_grid(draw_here, here):
+    draw_here("--n", 4, "--steps", 6, "--out", "grid.png", "--gif", "way.gif")
+    with Image.open(here / "way.gif") as gif:
+        assert gif.n_frames == 6
+        gif.seek(5)
+        last = pixels(gif)
+        assert gif.info["duration"] == 2000  # the result stays for a moment
+    assert (last - pixels(here / "grid.png")).abs().mean() < 12  # a GIF has few colours
+
+
+def test_steps_and_eta_reach_the_loop(draw_here, here):
+    for name, words in {"a": [], "b": ["--steps", 8], "c": ["--eta", 0]}.items():
+        draw_here("--n", 2, "--out", f"{name}.png", *words)
+    files = {(here / f"{name}.png").read_bytes() for name in "abc"}
+    assert len(files) == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_keep_their_colours(channels):
+    picture = torch.linspace(-1, 1, 16 * channels).view(channels, 4, 4)
+    back = pil_to_tensor(to_image(picture)) / 127.5 - 1
+    torch.testing.assert_close(back, picture, atol=1 / 255, rtol=0)
+    assert grid(picture.repeat(5, 1, 1, 1)).size == (3 * 98 + 2, 2 * 98 + 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--n", "0"], "--n 0: expected 1 picture or more"),
+        (["--steps", "0"], "expected 1 to 1000 steps"),
+        (["--eta", "2"], "expected an eta from 0"),
+        (["--model", "catz"], "no ready model; did you mean cats"),
+        (["--model", "broken.pt"], "broken.pt: expected a file that torch.save wrote whole"),
+        (["--model", "other.pt"], "other.pt: expected a model.pt of this project"),
+        (["--model", "mixed.pt"], "mixed.pt: its weights do not fit"),
+        (["--model", "evil.pt"], "evil.pt: expected a file that torch.save wrote whole"),
+    ],
+)
+def test_bad_input_gets_one_sentence(draw_here, here, words, sentence):
+    whole = (here / "tiny.pt").read_bytes()
+    (here / "broken.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": {}}, here / "other.pt")
+    content = torch.load(here / "tiny.pt", weights_only=True)
+    torch.save(content | {"network": content["network"] | {"widths": [8, 8]}}, here / "mixed.pt")
+    torch.save(Evil(), here / "evil.pt")
+    with pytest.raises(ValueError, match=sentence):
+        draw_here(*words, "--out", "out.png")
+    assert not (here / "out.png").exists() and not (here / "executed").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("open('executed', 'w')",))
+
+
+def test_the_ready_model_draws_at_once_in_a_fresh_folder(here):
+    """What a newcomer types first; few steps and pictures here, the default is timed in benchmark.py."""
+    result = command("sample.py", "--n", 2, "--steps", 3, "--device", "cpu")
+    assert "by the model cats" in result.stdout and (here / "samples.png").exists()
+    network, schedule, about = load_model("cats")
+    assert about["size"] == 32 and about["data"] == "cats" and schedule.T == 1000
+    assert network.config == UNet().config  # the default toy
+    assert (READY / "cats.pt").stat().st_size < 16e6

@@ -1,0 +1,286 @@
+"""A training that is killed goes on bit by bit; one that breaks says so; nothing is lost, nothing half-written."""
+
+import copy
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, checkpoint, command, flat
+
+import toolbox.run
+import train
+from processes import NoiseSchedule, add_noise
+from toolbox.data import Data
+from toolbox.models import card, load_model
+from toolbox.run import Run, generator_for
+from unet import UNet
+
+# The tiny training of conftest.py as a program: one checkpoint a step, no pictures.
+PROGRAM = f"""
+import functools, sys, torch, toolbox.run, train
+from unet import UNet
+torch.set_num_threads(1)
+toolbox.run.SAVE_EVERY = 0
+train.UNet = functools.partial(UNet, **{TINY})
+train.show = lambda run, schedule: None
+from toolbox.files import errors_in_one_sentence
+with errors_in_one_sentence():
+    train.main()
+"""
+
+
+SHOW = train.show
+
+
+def start_program(out, steps, **options):
+    words = [sys.executable, "-c", PROGRAM, "--data", "photos", "--size", "16", "--batch", "4", "--precision", "float32"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*words, "--device", "cpu", "--out", out, "--steps", str(steps)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no kill -9")
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_bit_by_bit(photos, kills):
+    folder, steps, rng = photos.parent / "killed", 40 * kills, random.Random(0)
+    straight = start_program("straight", steps)
+    for _ in range(kills):
+        program = start_program("killed", steps)
+        before = last_saved(folder)
+        while last_saved(folder) == before:  # it goes on, and saves after each step
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        program.kill()
+        assert program.wait() == -signal.SIGKILL, "it ended before it was killed: more steps are needed"
+    assert start_program("killed", steps).wait() == straight.wait() == 0
+    one, other = checkpoint("straight"), checkpoint("killed")
+    assert one["k"] == other["k"] == steps and one["history"] == other["history"]
+    assert torch.equal(flat(one), flat(other))
+    assert (folder / "model.pt").read_bytes() == (photos.parent / "straight/model.pt").read_bytes()
+    assert sorted(p.name for p in folder.iterdir()) == ["log.csv", "model.pt", "resume.pt"]
+
+
+def last_saved(folder):
+    return (folder / "resume.pt").stat().st_mtime_ns if (folder / "resume.pt").exists() else 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C differently")
+def test_ctrl_c_saves_and_says_how_to_go_on(photos):
+    program = start_program("run", 100_000)
+    while not (photos.parent / "run/resume.pt").exists():
+        time.sleep(0.05)
+    program.send_signal(signal.SIGINT)
+    out, err = program.communicate(timeout=60)
+    done = checkpoint("run")["k"]
+    assert program.returncode == 130 and "Traceback" not in err
+    assert f"stopped and saved after step {done} of 100000: the same command goes on" in out
+
+
+def test_more_steps_go_on_as_if_there_had_been_no_end(train_here):
+    train_here("--steps", 8, "--out", "straight")
+    train_here("--steps", 3, "--out", "twice")
+    assert "finished after 3 steps" in train_here("--steps", 3, "--out", "twice")
+    train_here("--steps", 8, "--out", "twice")
+    assert torch.equal(flat(checkpoint("straight")), flat(checkpoint("twice")))
+    assert "finished after 8 steps" in train_here("--steps", 5, "--out", "twice")
+
+
+def test_the_seed_decides_everything(train_here):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_here("--steps", 3, "--out", out, "--seed", seed)
+    assert torch.equal(flat(checkpoint("a")), flat(checkpoint("b")))
+    assert not torch.equal(flat(checkpoint("a")), flat(checkpoint("c")))
+
+
+def test_looking_along_the_way_changes_nothing(train_here, monkeypatch, here):
+    train_here("--steps", 5, "--out", "blind")
+    monkeypatch.setattr(train, "show", SHOW)
+    train_here("--steps", 5, "--out", "looked")
+    assert torch.equal(flat(checkpoint("blind")), flat(checkpoint("looked")))
+    made = sorted(p.name for p in (here / "looked").iterdir())
+    assert made == ["log.csv", "loss.png", "model.pt", "resume.pt", *(f"samples-{k:06}.png" for k in range(1, 6))]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [("--batch", 2, "batch = 4"), ("--seed", 5, "seed = 0"), ("--size", 8, "size = 16"), ("--precision", "bfloat16", "precision = float32")],
+)
+def test_a_folder_of_other_settings_is_refused(train_here, option, value, named):
+    train_here("--steps", 1)
+    with pytest.raises(ValueError, match=f"run holds a run with {named}, and now it is {value}: use another --out"):
+        train_here("--steps", 2, option, value)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(train_here, monkeypatch):
+    train_here("--steps", 4)
+    good = flat(checkpoint("run"))
+    mse = torch.nn.functional.mse_loss
+    monkeypatch.setattr(train.F, "mse_loss", lambda a, b: mse(a, b) * float("nan"))
+    with pytest.raises(ValueError, match=r"step 5: the loss is nan .* the checkpoint of step 4 is kept in run"):
+        train_here("--steps", 8)
+    monkeypatch.setattr(train.F, "mse_loss", mse)
+    assert torch.equal(flat(checkpoint("run")), good)
+    train_here("--steps", 8)
+    train_here("--steps", 8, "--out", "straight")
+    assert torch.equal(flat(checkpoint("run")), flat(checkpoint("straight")))
+
+
+def tiny_run(tmp_path, steps=1000, batch=8, network=None, images=None):
+    torch.manual_seed(0)
+    network = network or UNet(**TINY)
+    data = Data("test", images if images is not None else torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8))
+    schedule = NoiseSchedule.linear()
+    about = card(network, schedule, 8, "test")
+    return Run(tmp_path / "run", network, data, about, {}, steps, batch, 0, torch.device("cpu"), "float32"), schedule
+
+
+def test_time_steps_pictures_and_noise_are_uniform_and_complete(tmp_path):
+    """Each index 0 .. T-1 is trained, each picture is shown, half of them mirrored; no step repeats another one."""
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 8, 8).clone()
+    images[..., 0] = 255  # the left edge: bright; after mirroring the right one
+    run, schedule = tiny_run(tmp_path, steps=1500, images=images)
+    steps, shown, mirrored, noises = [], [], 0, []
+    for x0 in run.batches():
+        steps.append(run.randint(schedule.T))
+        noises.append(run.randn_like(x0)[0, 0, 0, 0].item())
+        shown += ((x0[:, 0, 0, 3] + 1) * 127.5).round().int().tolist()
+        mirrored += (x0[:, 0, 0, 7] == 1).sum().item()
+        run.k += 1
+    steps = torch.cat(steps)
+    assert steps.min() == 0 and steps.max() == 999
+    assert len(steps.unique()) == 1000  # 12,000 draws miss one with a chance of 0.6 %, this seed misses none
+    assert abs(steps.double().mean() - 499.5) < 12
+    assert set(shown) == set(range(40)) and abs(mirrored / 12_000 - 0.5) < 0.02
+    assert len(set(noises)) == 1500 and abs(sum(noises) / 1500) < 0.1
+
+
+def test_generators_of_different_seeds_and_steps_differ():
+    """(seed << 32) + k would not do: PyTorch's CPU generator reads 32 bits."""
+    first = {torch.randint(2**62, (1,), generator=generator_for(seed, k)).item() for seed in range(20) for k in range(50)}
+    assert len(first) == 1000
+    one, other = (torch.rand(1, generator=torch.Generator().manual_seed(s)) for s in (7, (5 << 32) + 7))
+    assert torch.equal(one, other)  # the trap itself
+
+
+def test_one_step_is_adamw_with_warm_up_and_clipping_and_the_average_follows(tmp_path):
+    """The same arithmetic a second time, by hand, on one parameter."""
+    network = torch.nn.Linear(1, 1, bias=False)
+    network.config = {"in_channels": 1}
+    torch.nn.init.constant_(network.weight, 2.0)
+    run, _ = tiny_run(tmp_path, network=network)
+    run.save = lambda: None
+    w, average, m, v = 2.0, 2.0, 0.0, 0.0
+    for k, batch in zip(range(1, 6), run.batches()):  # noqa: B905
+        run.step((run.network.weight * 10 * k).sum())  # gradient 10 k, clipped to a length of 1
+        rate = toolbox.run.LEARNING_RATE * k / toolbox.run.WARM_UP
+        w *= 1 - rate * 0.01
+        m, v = 0.9 * m + 0.1 * 1, 0.99 * v + 0.01 * 1
+        w -= rate * (m / (1 - 0.9**k)) / (math.sqrt(v / (1 - 0.99**k)) + 1e-8)
+        decay = (1 + k) / (10 + k)
+        average = decay * average + (1 - decay) * w
+        assert run.network.weight.item() == pytest.approx(w, abs=1e-6)
+        assert run.averaged.weight.item() == pytest.approx(average, abs=1e-6)
+
+
+def test_the_average_is_of_weights_only_and_remembers_a_ninth_of_the_run(tmp_path):
+    network = UNet(**TINY)
+    network.register_buffer("table", torch.arange(3))
+    run, _ = tiny_run(tmp_path, network=network)
+    with torch.no_grad():
+        for k in range(1, 901):
+            for p in run.network.parameters():
+                p.fill_(float(k))
+            run.k = k
+            run.average()
+    assert torch.equal(run.averaged.table, torch.arange(3))
+    values = torch.cat([p.flatten() for p in run.averaged.parameters()])
+    assert 780 < values.min() and values.max() < 820  # 900 less a ninth of it
+    assert all(not p.requires_grad for p in run.averaged.parameters())
+
+
+def test_it_learns(tmp_path):
+    """A few hundred steps on one picture: the loss falls far below that of a guess of zero."""
+    images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    run, schedule = tiny_run(tmp_path, steps=300, batch=32, images=images)
+    run.save, losses = lambda: None, []
+    for x0 in run.batches():
+        x_t, noise = add_noise(x0, run.randint(schedule.T), schedule, run.randn_like(x0))
+        loss = torch.nn.functional.mse_loss(run.network(x_t, torch.zeros(32, dtype=torch.long)), noise)
+        run.step(loss)
+        losses.append(loss.item())
+    assert losses[0] > 0.9 and sum(losses[-20:]) / 20 < 0.35
+
+
+def test_the_faster_precision_is_taken_and_stored(tmp_path, capsys):
+    run, _ = tiny_run(tmp_path)
+    run.precision = None
+    run.time_step = lambda precision: {"float32": 2.0, "bfloat16": 1.0}[precision]
+    run.announce()
+    assert run.precision == "bfloat16" and "float32 2.00 s, bfloat16 1.00 s" in capsys.readouterr().out
+    run.k = 1
+    run.save()
+    again = Run(run.folder, UNet(**TINY), run.data, run.card, {}, 10, 8, 0, torch.device("cpu"))
+    assert again.precision == "bfloat16" and again.k == 1
+
+
+def test_timing_changes_no_weight_and_leaves_no_gradient(tmp_path):
+    run, _ = tiny_run(tmp_path)
+    before = copy.deepcopy(run.network.state_dict())
+    run.time_step("float32")
+    assert all(torch.equal(w, before[name]) for name, w in run.network.state_dict().items())
+    assert all(p.grad is None for p in run.network.parameters())
+
+
+def test_a_model_is_shared_in_16_bits_with_all_that_rebuilds_it(train_here):
+    train_here("--steps", 2)
+    network, schedule, about = load_model("run/model.pt")
+    assert about["size"] == 16 and about["channels"] == 3 and about["data"] == "photos" and about["format"] == 1
+    assert schedule.name == "linear" and schedule.T == 1000
+    exact = checkpoint("run")["averaged"]
+    for name, weight in network.state_dict().items():
+        torch.testing.assert_close(weight, exact[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_ready_models_weights_can_be_the_start(train_here):
+    train_here("--steps", 2)
+    train_here("--steps", 1, "--out", "fine", "--model", "run/model.pt")
+    start, end = load_model("run/model.pt")[0], checkpoint("fine")["network"]
+    changes = [(end[name] - w).abs().max().item() for name, w in start.state_dict().items()]
+    assert 0 < max(changes) < 1e-4  # one step of the warm-up away
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--data", "nowhere"], "--data nowhere: expected the word 'cats' or a folder"),
+        (["--data", "empty"], "empty: expected pictures"),
+        (["--data", "broken"], "none of the 1 files is a readable picture"),
+        (["--data", "photos", "--size", "30"], "expected multiples of"),
+        (["--data", "photos", "--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--data", "photos", "--batch", "0"], "--batch 0: expected 1 or more"),
+        (["--data", "photos", "--device", "tpu9"], "--device tpu9"),
+        (["--data", "photos", "--model", "dogs"], "--model dogs: no such file and no ready model"),
+        (["--data", "photos", "--model", "photos/0.png"], "0.png: expected a file that torch.save wrote whole"),
+    ],
+)
+def test_bad_input_gets_one_sentence(photos, monkeypatch, words, sentence):
+    (photos.parent / "empty").mkdir()
+    (photos.parent / "broken").mkdir()
+    (photos.parent / "broken/cat.png").write_bytes(b"no picture")
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(ValueError, match=sentence):
+        train.main()
+    assert not (photos.parent / "runs").exists()
+
+
+def test_a_sentence_and_exit_code_2_instead_of_a_traceback(here):
+    result = command("train.py", "--data", "nowhere", check=False)
+    assert result.returncode == 2 and result.stderr.startswith("error: --data nowhere: expected") and result.stderr.count("\n") == 1
