@@ -19,12 +19,16 @@ CHUNK = 64  # pictures that go through the network together
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a model.pt, or the name of a ready model (default: runs/cats/model.pt if there, else cats)")
+    parser.add_argument(
+        "--model", help="a model.pt, or the name of a ready model (default: runs/cats/model.pt if there, else cats)"
+    )
     parser.add_argument("--n", type=int, default=64, help="how many pictures")
     parser.add_argument("--steps", type=int, default=50, help="network calls for each picture")
     parser.add_argument("--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM")
     parser.add_argument("--seed", type=int, default=0, help="picture i has the seed SEED + i")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help="a .png for a grid, else a folder for single pictures")
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help="a .png for a grid, else a folder for single pictures"
+    )
     parser.add_argument("--gif", type=Path, help="also write how the grid comes out of the noise")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()

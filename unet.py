@@ -165,7 +165,9 @@ class UNet(nn.Module):
 
     def check_size(self, height: int, width: int) -> None:
         if height % self.factor or width % self.factor:
-            near = [sorted({max(1, n // self.factor) * self.factor, -(-n // self.factor) * self.factor}) for n in (height, width)]
+            near = [
+                sorted({max(1, n // self.factor) * self.factor, -(-n // self.factor) * self.factor}) for n in (height, width)
+            ]
             raise ValueError(
                 f"a picture of {height}x{width} cannot be halved {len(self.config['widths']) - 1} times: "
                 f"expected multiples of {self.factor}, the nearest are {near[0]} x {near[1]}"

@@ -67,4 +67,6 @@ def checkpoint(folder):
 def flat(checkpoint):
     """All the numbers that go on: weights, averaged weights, the optimizer's state."""
     moments = [v for state in checkpoint["optimizer"]["state"].values() for v in state.values()]
-    return torch.cat([w.double().flatten() for w in [*checkpoint["network"].values(), *checkpoint["averaged"].values(), *moments]])
+    return torch.cat(
+        [w.double().flatten() for w in [*checkpoint["network"].values(), *checkpoint["averaged"].values(), *moments]]
+    )

@@ -18,7 +18,9 @@ def posterior(x_t, x0, t):
     """(4) by Bayes on a fine grid, without any algebra: prior (3) at t - 1 times the likelihood (1) of x_t."""
     grid = torch.linspace(-3, 3, 200_001, dtype=torch.float64)
     a, beta = ALPHA_BAR[t - 1], BETAS[t]
-    log = Normal(a.sqrt() * x0, (1 - a).sqrt()).log_prob(grid) + Normal((1 - beta).sqrt() * grid, beta.sqrt()).log_prob(torch.tensor(x_t))
+    log = Normal(a.sqrt() * x0, (1 - a).sqrt()).log_prob(grid) + Normal((1 - beta).sqrt() * grid, beta.sqrt()).log_prob(
+        torch.tensor(x_t)
+    )
     weight = log.softmax(0)
     mean = (weight * grid).sum()
     return mean.item(), (weight * (grid - mean) ** 2).sum().sqrt().item()

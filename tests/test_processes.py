@@ -10,7 +10,10 @@ from processes import NoiseSchedule, add_noise, randn, sample, strides
 
 SCHEDULES = {
     "linear": (NoiseSchedule.linear, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
-    "scaled_linear": (NoiseSchedule.scaled_linear, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}),
+    "scaled_linear": (
+        NoiseSchedule.scaled_linear,
+        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    ),
     "cosine": (NoiseSchedule.cosine, {"beta_schedule": "squaredcos_cap_v2"}),
 }
 
@@ -28,7 +31,12 @@ def toy_model(x, t):
 def test_schedules_equal_diffusers(name, T):
     ours, theirs = SCHEDULES[name]
     schedule = ours(T)
-    assert schedule.name == name and schedule.T == T and schedule.alpha_bar.shape == (T,) and schedule.alpha_bar.dtype == torch.float32
+    assert (
+        schedule.name == name
+        and schedule.T == T
+        and schedule.alpha_bar.shape == (T,)
+        and schedule.alpha_bar.dtype == torch.float32
+    )
     expected = DDPMScheduler(num_train_timesteps=T, **theirs).alphas_cumprod  # computed in float32 there
     torch.testing.assert_close(schedule.alpha_bar, expected, rtol=3e-5, atol=1e-8)
 
@@ -140,7 +148,12 @@ def test_stable_diffusion_time_steps_as_pairs():
     """v1.5: leading spacing, offset 1, and the last pair is (1, 0): it ends at alpha_bar[0], not at 1."""
     schedule = NoiseSchedule.scaled_linear()
     judge = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     judge.alphas_cumprod = schedule.alpha_bar.double()
     judge.final_alpha_cumprod = judge.alphas_cumprod[0]
@@ -260,7 +273,7 @@ def test_default_walks_from_the_last_index_to_the_first():
 def test_it_can_start_in_the_middle():
     schedule = NoiseSchedule.linear()
     point = torch.full((2, 1, 2, 2), 0.3)
-    x_t, noise = add_noise(point, torch.tensor([400, 400]), schedule)
+    x_t, _ = add_noise(point, torch.tensor([400, 400]), schedule)
     seen = []
 
     def oracle(x, t):

@@ -47,7 +47,9 @@ def to_their_names(name, blocks, levels):
         level, j = divmod(k - 1, group)
         return f"down_blocks.{level}.{plural}.{j}.{rest}" if plural else f"down_blocks.{level}.downsamplers.0.conv.{rest}"
     level, j = divmod(k, group)
-    return f"up_blocks.{level}.{plural}.{j}.{rest}" if plural else f"up_blocks.{level}.upsamplers.0.conv.{rest.removeprefix('1.')}"
+    return (
+        f"up_blocks.{level}.{plural}.{j}.{rest}" if plural else f"up_blocks.{level}.upsamplers.0.conv.{rest.removeprefix('1.')}"
+    )
 
 
 def same_weights(ours, theirs):
@@ -56,7 +58,9 @@ def same_weights(ours, theirs):
     for parameter in ours.parameters():
         numbers = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
         parameter.data = 0.5 + 0.2 * numbers if parameter.ndim == 1 else numbers / parameter[0].numel() ** 0.5
-    names = {to_their_names(name, ours.config["blocks"], len(ours.config["widths"])): w for name, w in ours.state_dict().items()}
+    names = {
+        to_their_names(name, ours.config["blocks"], len(ours.config["widths"])): w for name, w in ours.state_dict().items()
+    }
     theirs.load_state_dict(names)  # strict: nothing is missing, nothing is left over
 
 

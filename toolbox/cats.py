@@ -14,20 +14,20 @@ from torch import Tensor
 
 # Red, green, blue in 0 .. 1. Each fur has a second colour, of its stripes and patches, that stands out against it.
 FUR = {
-    "black": (0.18, 0.18, 0.22),
-    "grey": (0.52, 0.55, 0.61),
+    "black": (0.16, 0.16, 0.20),
+    "grey": (0.54, 0.58, 0.66),
     "white": (0.97, 0.96, 0.94),
-    "cream": (0.97, 0.84, 0.62),
-    "orange": (0.95, 0.56, 0.16),
-    "brown": (0.50, 0.32, 0.19),
+    "cream": (0.98, 0.84, 0.60),
+    "orange": (0.96, 0.57, 0.14),
+    "brown": (0.53, 0.33, 0.18),
 }
 SECOND = {
-    "black": (0.46, 0.46, 0.52),
-    "grey": (0.27, 0.29, 0.36),
-    "white": (0.60, 0.60, 0.66),
-    "cream": (0.78, 0.52, 0.28),
-    "orange": (0.66, 0.29, 0.05),
-    "brown": (0.24, 0.13, 0.07),
+    "black": (0.56, 0.55, 0.60),
+    "grey": (0.22, 0.24, 0.31),
+    "white": (0.48, 0.48, 0.55),
+    "cream": (0.70, 0.42, 0.18),
+    "orange": (0.56, 0.21, 0.03),
+    "brown": (0.18, 0.09, 0.05),
 }
 PATTERN = ("plain", "tabby", "tuxedo", "patched")
 EYES = {"green": (0.45, 0.88, 0.30), "blue": (0.25, 0.66, 1.00), "yellow": (1.00, 0.84, 0.10)}
@@ -44,24 +44,23 @@ WHITE, PINK, DARK = (0.98, 0.97, 0.95), (0.93, 0.56, 0.58), (0.10, 0.08, 0.10)
 
 # What varies from cat to cat beside its attributes: name -> (lowest, highest), drawn uniformly.
 FREE = {
-    "x": (-0.10, 0.10),
-    "y": (-0.06, 0.08),
-    "scale": (0.88, 1.06),
-    "tilt": (-0.16, 0.16),  # radians
-    "ear_width": (0.9, 1.1),
-    "ear_height": (0.40, 0.58),
-    "eye_size": (0.14, 0.17),
-    "eye_open": (0.75, 1.0),
-    "eye_gap": (0.23, 0.27),
-    "gaze": (-0.04, 0.04),
-    "pupil": (0.35, 0.7),
+    "x": (-0.08, 0.08),
+    "y": (-0.05, 0.07),
+    "scale": (0.94, 1.08),
+    "tilt": (-0.13, 0.13),  # radians
+    "ear_width": (0.92, 1.08),
+    "ear_height": (0.40, 0.56),
     "cheeks": (0.0, 1.0),
+    "eye_size": (0.170, 0.195),
+    "eye_open": (0.85, 1.0),
+    "eye_gap": (0.25, 0.28),
+    "gaze": (-0.04, 0.04),
+    "pupil": (0.30, 0.50),  # its width, of the iris'
     "tail_side": (-1.0, 1.0),
     "tail_curl": (0.5, 1.5),
     "patch_side": (-1.0, 1.0),
-    "stripe_shift": (-0.03, 0.03),
-    "fur_light": (0.96, 1.03),
-    "background_light": (0.97, 1.03),
+    "fur_light": (0.97, 1.03),
+    "background_light": (0.98, 1.02),
 }
 
 
@@ -75,8 +74,7 @@ def draw(n: int, size: int, seed: int = 0, start: int = 0, **attributes: str) ->
     cats = [describe(seed, index, attributes) for index in range(start, start + n)]
     images = [render(cats[i : i + 64], size) for i in range(0, n, 64)]  # 64 at a time fit the processor's cache
     labels = {
-        name: torch.tensor([values.index(cat[name]) for cat in cats], dtype=torch.long)
-        for name, values in ATTRIBUTES.items()
+        name: torch.tensor([values.index(cat[name]) for cat in cats], dtype=torch.long) for name, values in ATTRIBUTES.items()
     }
     return torch.cat([torch.zeros(0, 3, size, size), *images]), labels, [caption(cat) for cat in cats]
 
@@ -117,15 +115,12 @@ def render(cats: list[dict], size: int) -> Tensor:
     fur, second = colours(FUR, cats, "fur"), colours(SECOND, cats, "fur")
     fur, second = fur * free["fur_light"][..., None], second * free["fur_light"][..., None]
     ink = fur * 0.45
-    tabby, tuxedo, patched = (
-        torch.tensor([float(cat["pattern"] == p) for cat in cats]).view(-1, 1, 1) for p in PATTERN[1:]
-    )
+    tabby, tuxedo, patched = (torch.tensor([float(cat["pattern"] == p) for cat in cats]).view(-1, 1, 1) for p in PATTERN[1:])
 
     # Pixel centres, then the cat's own coordinates: moved, turned by the tilt, scaled.
     centre = (torch.arange(size) + 0.5) * 2 / size - 1
     y, x = torch.meshgrid(centre, centre, indexing="ij")
-    canvas = colours(BACKGROUND, cats, "background") * free["background_light"][..., None]
-    canvas = (canvas * (1.04 - 0.08 * (y + 1) / 2)[..., None]).clone()
+    canvas = (colours(BACKGROUND, cats, "background") * free["background_light"][..., None]).repeat(1, size, size, 1)
     x, y = (x - free["x"]) / free["scale"], (y - free["y"]) / free["scale"]
     cos, sin = free["tilt"].cos(), free["tilt"].sin()
     x, y = cos * x + sin * y, cos * y - sin * x
@@ -146,51 +141,50 @@ def render(cats: list[dict], size: int) -> Tensor:
         paint(inside, colour)
         return inside
 
-    stripes = (((y + free["stripe_shift"]) * 2 * math.pi / 0.26).cos() - 0.1) * 0.04  # negative: inside a stripe
+    stripes = (y * 2 * math.pi / 0.28).cos() * 0.045  # negative: inside a stripe
+    patch_x = x * free["patch_side"].sign()
 
     # Tail and body, partly behind the head.
-    way = free["tail_side"].sign()
-    curl = free["tail_curl"]
-    tail = arc(x * way - 0.50, y - 0.62, radius=0.27, start=-2.0 + curl * 0.3, width=0.085)
+    tail = arc(x * free["tail_side"].sign() - 0.50, y - 0.62, 0.27, free["tail_curl"] * 0.3 - 2.0, length=4.0, width=0.09)
     inside = shape(tail, fur)
     paint(inside * tabby * cover(stripes), second)
     paint(inside * tuxedo * cover(y - 0.42), WHITE)
-    body = ellipse(x, y - 0.85, 0.40, 0.55)
-    inside = shape(body, fur)
-    paint(inside * tabby * cover(stripes) * cover(0.2 - side), second)
-    paint(inside * tuxedo * cover(ellipse(x, y - 0.75, 0.20, 0.36)), WHITE)
-    patch_way = free["patch_side"].sign()
-    paint(inside * patched * cover(ellipse(x * patch_way + 0.32, y - 0.72, 0.26, 0.26)), second)
+    inside = shape(ellipse(x, y - 0.85, 0.40, 0.55), fur)
+    paint(inside * tabby * cover(stripes) * cover(0.17 - side), second)
+    paint(inside * tuxedo * cover(ellipse(x, y - 0.75, 0.24, 0.40)), WHITE)
+    paint(inside * patched * cover(ellipse(patch_x + 0.30, y - 0.72, 0.30, 0.30)), second)
 
     # Ears and head.
-    tip = (0.50 * free["ear_width"], -0.38 - free["ear_height"])
-    ear = triangle(side, y, (0.10, -0.42), tip, (0.60, -0.10)) - 0.03
-    inside = shape(ear, fur)
-    paint(inside * patched * cover(-x * patch_way), second)
-    paint(cover(triangle(side, y, (0.26, -0.36), (0.48 * free["ear_width"], -0.28 - free["ear_height"]), (0.52, -0.2))), PINK)
+    width, height = free["ear_width"], free["ear_height"]
+    inside = shape(triangle(side, y, (0.10, -0.42), (0.50 * width, -0.38 - height), (0.60, -0.10)) - 0.03, fur)
+    paint(inside * patched * cover(-patch_x), second)
+    paint(cover(triangle(side, y, (0.26, -0.36), (0.48 * width, -0.28 - height), (0.52, -0.2))), PINK)
     head = torch.minimum(ellipse(x, y + 0.08, 0.62, 0.48), ellipse(x, y - 0.06, 0.62 + 0.08 * free["cheeks"], 0.32))
     inside = shape(head, fur)
-    forehead = cover(y + 0.28) * (cover(side - 0.045) + cover((side - 0.17).abs() - 0.04)).clamp(0, 1)
-    cheek = cover(0.46 - side) * cover(((y - 0.06).abs() - 0.07).abs() - 0.03)
+    forehead = cover(y + 0.30) * cover(torch.minimum(side - 0.055, (side - 0.21).abs() - 0.05))
+    cheek = cover(0.48 - side) * cover(((y - 0.10).abs() - 0.09).abs() - 0.04)
     paint(inside * tabby * (forehead + cheek).clamp(0, 1), second)
-    paint(inside * patched * cover(ellipse(x * patch_way - 0.36, y + 0.24, 0.36, 0.40)), second)
-    blaze = torch.minimum(ellipse(x, y - 0.24, 0.34, 0.24), triangle(side, y, (-0.1, 0.2), (0.0, -0.48), (0.16, 0.2)))
+    paint(inside * patched * cover(ellipse(patch_x - 0.36, y + 0.22, 0.40, 0.46)), second)
+    blaze = torch.minimum(ellipse(x, y - 0.26, 0.38, 0.26), triangle(side, y, (-0.1, 0.2), (0.0, -0.52), (0.18, 0.2)))
     paint(inside * tuxedo * cover(blaze), WHITE)
 
-    # Face: eyes with iris, pupil and glint; nose, mouth, whiskers.
-    size_, lid = free["eye_size"], free["eye_open"]
-    eye_x, eye_y = side - free["eye_gap"], y + 0.08
-    paint(cover(ellipse(eye_x, eye_y, size_ + 0.035, size_ * lid + 0.035)), DARK)
-    inside = cover(ellipse(eye_x, eye_y, size_, size_ * lid))
+    # Face: eyes with iris, pupil and glint; mouth, nose, whiskers.
+    across, open_ = free["eye_size"], free["eye_size"] * free["eye_open"]
+    eye_x, eye_y = side - free["eye_gap"], y + 0.07
+    paint(cover(ellipse(eye_x, eye_y, across + 0.035, open_ + 0.035)), DARK)
+    inside = cover(ellipse(eye_x, eye_y, across, open_))
     paint(inside, colours(EYES, cats, "eyes"))
-    gaze_x = x - x.sign() * free["eye_gap"] - free["gaze"]
-    paint(inside * cover(ellipse(gaze_x, eye_y, size_ * free["pupil"] * 0.75, size_ * 0.85)), DARK)
-    paint(inside * cover(ellipse(gaze_x + 0.05, eye_y + 0.05, 0.04, 0.04)), WHITE)
-    mouth = torch.minimum(arc(side - 0.07, y - 0.22, 0.07, math.pi / 2 - 1.3, 0.014, 2.6), capsule(x, y, 0.0, 0.16, 0.0, 0.22, 0.012))
-    paint(cover(mouth), ink)
-    paint(cover(triangle(side, y, (-0.1, 0.10), (0.085, 0.10), (0.0, 0.19)) - 0.01), PINK)
-    whiskers = torch.minimum(capsule(side, y, 0.42, 0.14, 0.82, 0.08, 0.011), capsule(side, y, 0.42, 0.20, 0.80, 0.26, 0.011))
-    paint(cover(whiskers), WHITE)
+    look_x = x - x.sign() * free["eye_gap"] - free["gaze"]  # both eyes look the same way, so not mirrored
+    paint(inside * cover(ellipse(look_x, eye_y, across * free["pupil"], across * 0.9)), DARK)
+    paint(inside * cover(ellipse(look_x + 0.05, eye_y + 0.06, 0.045, 0.045)), WHITE)
+    lips = arc(side - 0.07, y - 0.24, 0.07, math.pi / 2 - 1.3, length=2.6, width=0.014)
+    paint(cover(torch.minimum(lips, line(x, y, (0.0, 0.18), (0.0, 0.24), width=0.012))), ink)
+    paint(cover(triangle(side, y, (-0.1, 0.12), (0.085, 0.12), (0.0, 0.21)) - 0.012), PINK)
+    upper, lower = (
+        line(side, y, (0.46, 0.18), (0.84, 0.13), width=0.011),
+        line(side, y, (0.46, 0.25), (0.82, 0.31), width=0.011),
+    )
+    paint(cover(torch.minimum(upper, lower)), WHITE)
     return (canvas.clamp(0, 1) * 2 - 1).permute(0, 3, 1, 2).contiguous()
 
 
@@ -217,15 +211,16 @@ def triangle(x: Tensor, y: Tensor, *corners: tuple) -> Tensor:
     return torch.maximum(torch.maximum(sides[0], sides[1]), sides[2])
 
 
-def capsule(x: Tensor, y: Tensor, ax: float, ay: float, bx: float, by: float, width: float) -> Tensor:
-    """Signed distance from a thick line with round ends; `width` is half its thickness."""
-    along = (((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2)).clamp(0, 1)
-    return torch.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)) - width
+def line(x: Tensor, y: Tensor, start: tuple[float, float], end: tuple[float, float], width: float) -> Tensor:
+    """Signed distance from a straight line with round ends; `width` is half its thickness."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    along = (((x - start[0]) * dx + (y - start[1]) * dy) / (dx * dx + dy * dy)).clamp(0, 1)
+    return torch.hypot(x - start[0] - along * dx, y - start[1] - along * dy) - width
 
 
-def arc(x: Tensor, y: Tensor, radius: float, start, width: float, length: float = 4.0) -> Tensor:
-    """Signed distance from a thick piece of a circle with round ends, from angle `start` on, `length` radians."""
+def arc(x: Tensor, y: Tensor, radius: float, start: Tensor | float, length: float, width: float) -> Tensor:
+    """Signed distance from a piece of a circle around 0 with round ends, from angle `start` on, `length` radians long."""
     middle = torch.as_tensor(start + length / 2)
-    along = torch.atan2(y * middle.cos() - x * middle.sin(), x * middle.cos() + y * middle.sin())
-    angle = along.clamp(-length / 2, length / 2) + middle
+    angle = torch.atan2(y * middle.cos() - x * middle.sin(), x * middle.cos() + y * middle.sin())
+    angle = angle.clamp(-length / 2, length / 2) + middle
     return torch.hypot(x - radius * angle.cos(), y - radius * angle.sin()) - width

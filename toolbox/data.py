@@ -15,7 +15,9 @@ from toolbox import cats
 from toolbox.files import whole_file
 
 CACHE = Path("data")  # beside runs/, where the program is started
-DRAWN_CATS = 16_384  # more would be a few seconds' work; these are enough that a network of this size does not learn them by heart
+DRAWN_CATS = (
+    16_384  # more would be a few seconds' work; these are enough that a network of this size does not learn them by heart
+)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 

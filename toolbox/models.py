@@ -46,7 +46,9 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[UN
     try:
         network.load_state_dict(content.pop("weights"))
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: its weights do not fit the network that it describes; the file is damaged ({error})") from error
+        raise ValueError(
+            f"{path}: its weights do not fit the network that it describes; the file is damaged ({error})"
+        ) from error
     schedule = getattr(NoiseSchedule, content["schedule"]["name"])(content["schedule"]["T"])
     return network.to(device).eval(), schedule, content
 
@@ -69,4 +71,6 @@ def read(path: Path) -> object:
     except PermissionError:
         raise
     except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: expected a file that torch.save wrote whole; this one is damaged or of another kind") from error
+        raise ValueError(
+            f"{path}: expected a file that torch.save wrote whole; this one is damaged or of another kind"
+        ) from error

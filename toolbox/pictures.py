@@ -13,7 +13,7 @@ from toolbox.data import to_bytes
 from toolbox.files import whole_file
 
 matplotlib.use("Agg")  # draw into files, no window
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SMALLEST = 64  # pixels: smaller pictures are enlarged in a grid
 

@@ -21,7 +21,7 @@ from toolbox.files import whole_file
 from toolbox.models import read, save_model
 
 LEARNING_RATE = 1e-3
-WARM_UP = 100  # steps: AdamW's averages of the gradient are young, so the first steps are small
+WARM_UP = 50  # steps: AdamW's averages of the gradient are young, so the first steps are small
 CLIP = 1.0  # the longest gradient that is believed
 PICTURES = 5  # how often a run shows what it has learned
 SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
@@ -34,7 +34,9 @@ def pick_device(name: str | None = None) -> torch.device:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: this machine has no such device, or PyTorch cannot use it; try --device cpu") from error
+        raise ValueError(
+            f"--device {name}: this machine has no such device, or PyTorch cannot use it; try --device cpu"
+        ) from error
     return torch.device(name)
 
 
@@ -112,8 +114,8 @@ class Run:
 
     def step(self, loss: Tensor) -> None:
         """Backward, clip, AdamW, average; then progress, and a checkpoint when one is due."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min(1, (self.k + 1) / WARM_UP)
+        for group in self.optimizer.param_groups:  # up in WARM_UP steps, then down to 0 at the end: the last steps only polish
+            group["lr"] = LEARNING_RATE * min((self.k + 1) / WARM_UP, 1 - self.k / self.steps)
         self.optimizer.zero_grad()
         loss.backward()
         length = nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
@@ -136,10 +138,12 @@ class Run:
         torch._foreach_lerp_(list(self.averaged.parameters()), list(self.network.parameters()), 1 - decay)
 
     def stop_broken(self, loss: float, length: float) -> None:
-        kept = f"the checkpoint of step {self.saved_k} is kept in {self.folder}" if self.saved_k else "there is no checkpoint yet"
+        kept = (
+            f"The checkpoint of step {self.saved_k} is kept in {self.folder}" if self.saved_k else "There is no checkpoint yet"
+        )
         raise ValueError(
-            f"step {self.k + 1}: the loss is {loss} and its gradient {length} long, so learning on would break the network; {kept}. "
-            "Try --precision float32, or look for broken pictures in the data"
+            f"step {self.k + 1}: the loss is {loss}, its gradient {length} long; learning on would break the network. "
+            f"{kept}. Try --precision float32, or look for broken pictures in the data"
         )
 
     # ---- looking ----------------------------------------------------------------------------------------------------
@@ -235,7 +239,9 @@ class Run:
             return
         content = read(path)
         if not isinstance(content, dict) or "settings" not in content:
-            raise ValueError(f"{path}: expected a checkpoint of this project, this is a file of another kind; use another --out")
+            raise ValueError(
+                f"{path}: expected a checkpoint of this project, this is a file of another kind; use another --out"
+            )
         before = content["settings"] | {"precision": content["precision"]}
         now = self.settings | self.card | {"precision": self.precision or content["precision"]}
         for name in before | now:

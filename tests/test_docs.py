@@ -1,0 +1,52 @@
+"""What README.md says of the code is true of the code."""
+
+import re
+
+import pytest
+from conftest import ROOT, command
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def core_lines(path):
+    """Lines that are code: no blanks, comments or docstrings."""
+    text = re.sub(r'^\s*"""(.|\n)*?"""$', "", path.read_text(encoding="utf8"), flags=re.MULTILINE)
+    return len([line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")])
+
+
+@pytest.mark.parametrize(
+    ("start", "file"), [("    for x0 in run.batches():", "train.py"), ("    for t, t_prev in strides(", "processes.py")]
+)
+def test_the_algorithms_in_the_readme_are_the_code(start, file):
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if b.startswith(start))
+    assert block in (ROOT / file).read_text(encoding="utf8")
+
+
+def test_every_file_that_is_linked_is_there():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_file_map_counts_right():
+    for file, lines in re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", README, flags=re.MULTILINE):
+        assert core_lines(ROOT / file) == int(lines), file
+    assert len(README.splitlines()) <= 250
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py"])
+def test_every_flag_in_the_readme_is_one_of_the_program(program, here):
+    options = command(program, "--help").stdout
+    used = {flag for line in README.splitlines() if f"python {program}" in line for flag in re.findall(r"--\w+", line)}
+    assert used - {"--help"} <= set(re.findall(r"--\w+", options)) and used
+
+
+def test_the_core_imports_its_five_packages_and_no_more():
+    allowed = {"torch", "torchvision", "matplotlib", "tqdm", "einops", "PIL"}  # Pillow comes with torchvision
+    standard = {"argparse", "collections", "contextlib", "copy", "dataclasses", "difflib", "hashlib", "math", "os", "pathlib"}
+    standard |= {"pickle", "random", "signal", "sys", "time"}
+    ours = {"processes", "unet", "toolbox"}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]:
+        found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf8"), flags=re.MULTILINE))
+        assert found <= allowed | standard | ours, (path.name, found - allowed - standard - ours)
+    for path, rooms in {"processes.py": set(), "unet.py": set()}.items():
+        assert not set(re.findall(r"^from (\w+)", (ROOT / path).read_text(encoding="utf8"), flags=re.MULTILINE)) & ours - rooms
