@@ -42,7 +42,19 @@ def test_every_flag_in_the_readme_is_one_of_the_program(program, here):
 
 def test_the_core_imports_its_five_packages_and_no_more():
     allowed = {"torch", "torchvision", "matplotlib", "tqdm", "einops", "PIL"}  # Pillow comes with torchvision
-    standard = {"argparse", "collections", "contextlib", "copy", "dataclasses", "difflib", "hashlib", "math", "os", "pathlib"}
+    standard = {
+        "argparse",
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "difflib",
+        "glob",
+        "hashlib",
+        "math",
+        "os",
+        "pathlib",
+    }
     standard |= {"pickle", "random", "signal", "sys", "time"}
     ours = {"processes", "unet", "toolbox"}
     for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]:

@@ -132,7 +132,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(trai
     good = flat(checkpoint("run"))
     mse = torch.nn.functional.mse_loss
     monkeypatch.setattr(train.F, "mse_loss", lambda a, b: mse(a, b) * float("nan"))
-    with pytest.raises(ValueError, match=r"step 5: the loss is nan .* The checkpoint of step 4 is kept in run"):
+    with pytest.raises(ValueError, match=r"step 5: the loss is nan.* The checkpoint of step 4 is kept in run"):
         train_here("--steps", 8)
     monkeypatch.setattr(train.F, "mse_loss", mse)
     assert torch.equal(flat(checkpoint("run")), good)

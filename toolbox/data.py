@@ -1,7 +1,8 @@
 """Pictures to train on, decoded once into a file of bytes that is mapped into memory: drawn cats, or a folder."""
 
+import glob
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def load_folder(folder: Path, size: int) -> Data:
     if not files:
         raise ValueError(f"{folder}: expected pictures ({', '.join(sorted(SUFFIXES))}) in this folder or below, found none")
     listing = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
-    key = hashlib.sha256(f"{folder.resolve()}\n{listing}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(listing.encode()).hexdigest()[:8]  # another file, name, size or date: another key
 
     def pictures() -> Iterator[Tensor]:
         for path in tqdm(files, desc=f"reading {folder.name}", leave=False):
@@ -70,18 +71,25 @@ def load_folder(folder: Path, size: int) -> Data:
             except Exception as error:  # Pillow raises nearly anything on a broken file
                 tqdm.write(f"skipped {path}: not a readable picture ({error})")
 
-    images = cached(f"{folder.resolve().name}-{size}px-{key}", pictures, len(files), (3, size, size))
+    place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    images = cached(f"{folder.resolve().name}-{place}-{size}px-{key}", pictures, len(files), (3, size, size))
     return Data(folder.resolve().name, images)
 
 
-def cached(name: str, make, at_most: int, shape: tuple[int, int, int]) -> Tensor:
-    """The pictures that `make()` yields, (N, *shape) bytes, mapped from a file that is written the first time."""
+def cached(name: str, make: Callable[[], Iterator[Tensor]], at_most: int, shape: tuple[int, int, int]) -> Tensor:
+    """The pictures that `make()` yields, (N, *shape) bytes, mapped from a file that is written the first time.
+
+    What stands behind the last hyphen of the name is its version; files of other versions are removed.
+    """
     path = CACHE / f"{name}.bytes"
     each = shape[0] * shape[1] * shape[2]
     if not path.exists():
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             for picture in make():
                 file.write(picture.numpy().tobytes())
+        for old in CACHE.glob(f"{glob.escape(name.rpartition('-')[0])}-????????.bytes"):
+            if old != path:
+                old.unlink()
     count = path.stat().st_size // each
     if count == 0:
         path.unlink()
