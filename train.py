@@ -20,9 +20,9 @@ def main() -> None:
     parser.add_argument("--data", default="cats", help="'cats' (drawn by this project), or a folder of pictures")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATA); the same command goes on with it")
     parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps in all; more go on with a finished run")
+    parser.add_argument("--steps", type=int, default=1900, help="training steps in all; more go on with a finished run")
     parser.add_argument("--size", type=int, help="pixels (default: 32 for cats, 64 for a folder)")
-    parser.add_argument("--batch", type=int, default=64, help="pictures in a step")
+    parser.add_argument("--batch", type=int, default=32, help="pictures in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
@@ -35,7 +35,7 @@ def main() -> None:
         data = load_data(args.data, args.size or old["size"])
     else:
         data = load_data(args.data, args.size)
-        network, schedule = UNet(data.channels, data.channels), NoiseSchedule.linear()
+        network, schedule = UNet(data.channels, data.channels), NoiseSchedule.cosine()
     network.check_size(data.size, data.size)
 
     run = Run(

@@ -28,7 +28,7 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions, the time added between them, and the input added to the result.
+    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions, the time added between them, the input added to the result.
 
     GroupNorm, because its statistics are of one image alone: the images of a batch have different noise levels.
     """
@@ -89,15 +89,22 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
+    """x_t (B, in_channels, H, W), t (B,) -> the noise in it, (B, out_channels, H, W) (DDPM, appendix B).
+
+    widths: the channels of each level, half as high and wide as the one before; blocks: residual blocks in each;
+    attention: a flag for each (the middle always has it). groups=1, because each group's mean is taken away: with 32
+    groups on 32 channels that is the colour of the picture (docs/results.md).
+    """
+
     def __init__(
         self,
         in_channels: int = 3,
         out_channels: int = 3,
-        widths: Sequence[int] = (64, 128, 128),
-        blocks: int = 2,
-        attention: Sequence[bool] = (False, False, True),
-        heads: int = 4,
-        groups: int = 32,
+        widths: Sequence[int] = (32, 64, 128, 128),
+        blocks: int = 1,
+        attention: Sequence[bool] = (False, False, True, False),
+        heads: int = 2,
+        groups: int = 1,
         context_width: int | None = None,
         attention_block: type[nn.Module] = SelfAttention,
     ):
@@ -150,7 +157,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         self.check_size(*x.shape[2:])
-        time = self.time(sinusoid(t, self.time[0].in_features).to(x.dtype))
+        time = self.time(sinusoid(t, self.time[0].in_features).to(x.dtype))  # (B, 4 widths[0])
         skips = []
         for block in self.down:
             x = block(x, time, context)
@@ -160,7 +167,7 @@ class UNet(nn.Module):
         for block in self.up:
             x = block(torch.cat([x, skips.pop()], dim=1), time, context)
         x = F.silu(self.norm(x))
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):  # noise rounded to 8 bits would be too coarse for the sampler
             return self.conv(x.to(self.conv.weight.dtype))
 
     def check_size(self, height: int, width: int) -> None:
