@@ -34,6 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.n < 1:
         raise ValueError(f"--n {args.n}: expected 1 picture or more")
+    if args.out.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--out {args.out}: expected a name that ends in .png, for a grid, or a folder")
 
     model = args.model or (OWN if OWN.exists() else "cats")
     device = pick_device(args.device)

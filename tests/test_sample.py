@@ -101,6 +101,7 @@ def test_pictures_keep_their_colours(channels):
     [
         (["--n", "0"], "--n 0: expected 1 picture or more"),
         (["--steps", "0"], "expected 1 to 1000 steps"),
+        (["--out", "cats.jpg"], "--out cats.jpg: expected a name that ends in .png"),
         (["--eta", "2"], "expected an eta from 0"),
         (["--model", "catz"], "no ready model; did you mean cats"),
         (["--model", "broken.pt"], "broken.pt: expected a file that torch.save wrote whole"),
@@ -117,7 +118,7 @@ def test_bad_input_gets_one_sentence(draw_here, here, words, sentence):
     torch.save(content | {"network": content["network"] | {"widths": [8, 8]}}, here / "mixed.pt")
     torch.save(Evil(), here / "evil.pt")
     with pytest.raises(ValueError, match=sentence):
-        draw_here(*words, "--out", "out.png")
+        draw_here("--out", "out.png", *words)
     assert not (here / "out.png").exists() and not (here / "executed").exists()
 
 
