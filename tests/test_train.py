@@ -273,6 +273,7 @@ def test_a_ready_models_weights_can_be_the_start(train_here):
         (["--data", "empty"], "empty: expected pictures"),
         (["--data", "broken"], "none of the 1 files is a readable picture"),
         (["--data", "photos", "--size", "30"], "expected multiples of"),
+        (["--data", "photos", "--size", "0"], "--size 0: expected 1 pixel or more"),
         (["--data", "photos", "--steps", "0"], "--steps 0: expected 1 or more"),
         (["--data", "photos", "--batch", "0"], "--batch 0: expected 1 or more"),
         (["--data", "photos", "--device", "tpu9"], "--device tpu9"),

@@ -38,6 +38,8 @@ class Data:
 
 def load_data(name: str, size: int | None = None) -> Data:
     """`cats` (32 px unless told), or a folder of pictures, at any depth (64 px unless told: centre-cropped, resized)."""
+    if size is not None and size < 1:
+        raise ValueError(f"--size {size}: expected 1 pixel or more")
     if name == "cats":
         return load_cats(size or 32)
     if Path(name).is_dir():

@@ -1,5 +1,7 @@
 """Pictures of pictures: a grid, a GIF, the plots of a training."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -9,13 +11,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from processes import NoiseSchedule, add_noise
 from toolbox.data import to_bytes
 from toolbox.files import whole_file
 
 matplotlib.use("Agg")  # draw into files, no window
 import matplotlib.pyplot as plt
 
-SMALLEST = 64  # pixels: smaller pictures are enlarged in a grid
+SMALLEST = 96  # pixels: the pictures of a grid are enlarged to this, or by as many whole times as fit
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -24,11 +27,10 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray((pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).numpy())
 
 
-def grid(images: Tensor, enlarge: bool = True) -> Image.Image:
+def grid(images: Tensor) -> Image.Image:
     """(N, C, H, W) in [-1, 1] -> one picture, about as wide as high; small images are enlarged by whole pixels."""
-    if enlarge:
-        images = F.interpolate(images, scale_factor=max(1, SMALLEST * 3 // 2 // images.shape[-1]))
-    columns = next(n for n in range(1, len(images) + 1) if n * n >= len(images))
+    images = F.interpolate(images, scale_factor=max(1, SMALLEST // images.shape[-1]))
+    columns = math.ceil(math.sqrt(len(images)))
     return to_image(make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1.0))
 
 
@@ -63,10 +65,10 @@ def plot_training(history: list[tuple[int, float]], levels: dict[int, float], pa
     plt.close(figure)
 
 
-def loss_by_level(predict_noise, x0: Tensor, schedule, levels: int = 10) -> dict[int, float]:
+def loss_by_level(
+    predict_noise: Callable[[Tensor, Tensor], Tensor], x0: Tensor, schedule: NoiseSchedule, levels: int = 10
+) -> dict[int, float]:
     """Mean squared error at `levels` time steps, with the same noise each time it is called."""
-    from processes import add_noise
-
     result = {}
     generator = torch.Generator().manual_seed(0)
     for level in torch.linspace(0, schedule.T - 1, levels).long().tolist():
