@@ -59,15 +59,15 @@ def add_noise(x0: Tensor, t: Tensor, schedule: NoiseSchedule, noise: Tensor | No
 # What to pass to `sample`, and what one gets (network calls: `steps`):
 #
 #   DDPM    steps=1000  eta=1   every step of the chain, fresh noise after each        (Ho et al. 2020, Algorithm 2)
-#   fast    steps=50    eta=1   the same with longer strides; fresh noise washes errors out: the default
-#   DDIM    steps=50    eta=0   no fresh noise: the picture is a function of x_T       (Song et al. 2021)
-#   edit    timesteps=[599, 579, ..., 19], x=add_noise(x0, 599): begins in the middle  (image-to-image)
+#   fast    steps=40    eta=1   the same with longer strides; fresh noise washes errors out: the default
+#   DDIM    steps=40    eta=0   no fresh noise: the picture is a function of x_T       (Song et al. 2021)
+#   edit    timesteps=[599, 579, ..., 19], x=x_t at t=599: begins in the middle        (image-to-image)
 @torch.no_grad()
 def sample(
     predict_noise: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     schedule: NoiseSchedule,
-    steps: int = 50,
+    steps: int = 40,
     eta: float = 1.0,
     timesteps: Sequence[int] | Sequence[tuple[int, int]] | None = None,
     clip: bool = False,

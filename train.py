@@ -43,7 +43,7 @@ def main() -> None:
         network=network,
         data=data,
         card=card(network, schedule, data.size, data.name),
-        settings={"model": args.model, "pictures": len(data.images)},
+        settings={"model": args.model, "pictures": len(data.images), "their content": data.content},
         steps=args.steps,
         batch=args.batch,
         seed=args.seed,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def sinusoid(t: Tensor, width: int) -> Tensor:
     """Time steps (B,) as waves (B, width): cosines, then sines (Vaswani et al. 2017, 3.5; DDPM, appendix B).
 
-    The wavelengths grow geometrically from 2 pi to 2 pi 10,000: the fast waves tell neighbouring steps apart, the slow ones
+    The wavelengths grow geometrically from 2 pi towards 2 pi 10,000: the fast waves tell neighbours apart, the slow ones
     early from late. One plain number would leave it to the network to build such functions of time by itself.
     """
     half = width // 2
@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # each block begins as "change nothing" and learns what to add
+        nn.init.zeros_(self.conv2.weight)  # each block begins as (almost) "change nothing" and learns what to add
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
@@ -119,6 +119,8 @@ class UNet(nn.Module):
             "groups": groups,
             "context_width": context_width,
         }
+        if len(attention) != len(widths):
+            raise ValueError(f"expected an attention flag for each of the {len(widths)} levels, got {len(attention)}")
         self.factor = 2 ** (len(widths) - 1)  # height and width must divide by it
         time_width = 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], time_width), nn.SiLU(), nn.Linear(time_width, time_width))

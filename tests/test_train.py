@@ -201,18 +201,44 @@ def test_a_step_is_adamw_with_its_rate_and_clipping_and_the_average_follows(tmp_
 
 def test_the_average_is_of_weights_only_and_remembers_a_ninth_of_the_run(tmp_path):
     network = UNet(**TINY)
-    network.register_buffer("table", torch.arange(3))
+    network.register_buffer("table", torch.zeros(3))
     run, _ = tiny_run(tmp_path, network=network)
     with torch.no_grad():
         for k in range(1, 901):
             for p in run.network.parameters():
                 p.fill_(float(k))
+            run.network.table.fill_(float(k))
             run.k = k
             run.average()
-    assert torch.equal(run.averaged.table, torch.arange(3))
+    assert not run.averaged.table.any()  # no weight, so no mean of its values
     values = torch.cat([p.flatten() for p in run.averaged.parameters()])
     assert values.min() > 780 and values.max() < 820  # 900 less a ninth of it
     assert all(not p.requires_grad for p in run.averaged.parameters())
+
+
+def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
+    """math.md (7): what the loop of train.py hands to the network and to the loss, in each step."""
+    seen, asked, losses = [], [], []
+
+    class Asked(UNet):
+        def forward(self, x, t, context=None):
+            predicted = super().forward(x, t, context)
+            asked.append((x, t, predicted))
+            return predicted
+
+    def noting(x0, t, schedule, noise):
+        seen.append((t, *add_noise(x0, t, schedule, noise), x0))
+        return seen[-1][1:3]
+
+    mse = torch.nn.functional.mse_loss
+    monkeypatch.setattr(train, "UNet", lambda *channels: Asked(*channels, **TINY))
+    monkeypatch.setattr(train, "add_noise", noting)
+    monkeypatch.setattr(train.F, "mse_loss", lambda a, b: (losses.append((a, b)), mse(a, b))[1])
+    train_here("--steps", 3)
+    assert len(seen) == len(losses) == 3
+    for (t, x_t, noise, x0), (predicted, target), (x, when, answer) in zip(seen, losses, asked[-3:], strict=True):
+        assert target is noise and torch.equal(x, x_t) and torch.equal(when, t) and torch.equal(predicted, answer)
+        assert noise.shape == x0.shape and abs(noise.std() - 1) < 0.1 and -1 <= x0.min() < 0 < x0.max() <= 1
 
 
 def test_it_learns(tmp_path):
@@ -221,8 +247,9 @@ def test_it_learns(tmp_path):
     run, schedule = tiny_run(tmp_path, steps=300, batch=32, images=images)
     run.save, losses = lambda: None, []
     for x0 in run.batches():
-        x_t, noise = add_noise(x0, run.randint(schedule.T), schedule, run.randn_like(x0))
-        loss = torch.nn.functional.mse_loss(run.network(x_t, torch.zeros(32, dtype=torch.long)), noise)
+        t = run.randint(schedule.T)
+        x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
+        loss = torch.nn.functional.mse_loss(run.network(x_t, t), noise)
         run.step(loss)
         losses.append(loss.item())
     assert losses[0] > 0.9 and sum(losses[-20:]) / 20 < 0.35
@@ -252,7 +279,7 @@ def test_a_model_is_shared_in_16_bits_with_all_that_rebuilds_it(train_here):
     train_here("--steps", 2)
     network, schedule, about = load_model("run/model.pt")
     assert about["size"] == 16 and about["channels"] == 3 and about["data"] == "photos" and about["format"] == 1
-    assert schedule.name == "linear" and schedule.T == 1000
+    assert schedule.name == "cosine" and schedule.T == 1000
     exact = checkpoint("run")["averaged"]
     for name, weight in network.state_dict().items():
         torch.testing.assert_close(weight, exact[name], rtol=1e-3, atol=1e-4)

@@ -42,14 +42,14 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[UN
     content = read(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT or "network" not in content:
         raise ValueError(f"{path}: expected a model.pt of this project (format {FORMAT}), this is a file of another kind")
-    network = UNet(**content["network"])
     try:
+        network = UNet(**content["network"])
         network.load_state_dict(content.pop("weights"))
-    except (KeyError, RuntimeError) as error:
+        schedule = getattr(NoiseSchedule, content["schedule"]["name"])(content["schedule"]["T"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{path}: its weights do not fit the network that it describes; the file is damaged ({error})"
         ) from error
-    schedule = getattr(NoiseSchedule, content["schedule"]["name"])(content["schedule"]["T"])
     return network.to(device).eval(), schedule, content
 
 

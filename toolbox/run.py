@@ -28,16 +28,22 @@ SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The one asked for, else the fastest there is."""
+    """The one asked for, else the first that works: a GPU, Apple's GPU, the processor."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
+        return next(torch.device(name) for name in ("cuda", "mps", "cpu") if works(name) is None)
+    if error := works(name):
         raise ValueError(
             f"--device {name}: this machine has no such device, or PyTorch cannot use it; try --device cpu"
         ) from error
     return torch.device(name)
+
+
+def works(device: str) -> Exception | None:
+    """Why a tensor cannot be made there, if so."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return error
 
 
 def generator_for(seed: int, k: int) -> torch.Generator:
@@ -98,8 +104,9 @@ class Run:
         finally:
             self.bar.close()
             signal.signal(signal.SIGINT, previous)
-        if self.k < self.steps:
+        if self.k > self.saved_k:
             self.save()
+        if self.k < self.steps:
             print(f"stopped and saved after step {self.k} of {self.steps}: the same command goes on from here")
             sys.exit(130)
 
@@ -126,7 +133,7 @@ class Run:
         self.k += 1
         self.average()
         self.note(loss.item())
-        if self.k == self.steps or time.monotonic() - self.saved_at > SAVE_EVERY:
+        if time.monotonic() - self.saved_at > SAVE_EVERY:
             self.save()
 
     @torch.no_grad()
@@ -182,8 +189,8 @@ class Run:
             for _ in range(3):
                 start = time.perf_counter()
                 self.fast(self.network, precision)(x, t).square().mean().backward()
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
+                if self.device.type != "cpu":  # a GPU works on while Python goes on
+                    getattr(torch, self.device.type).synchronize()
                 seconds.append(time.perf_counter() - start)
         except (RuntimeError, TypeError):  # this device has no bfloat16
             if precision == "float32" or precision == self.precision:
@@ -215,7 +222,7 @@ class Run:
 
     def save(self) -> None:
         content = {
-            "settings": self.settings | self.card,
+            "settings": self.card | self.settings,
             "precision": self.precision,
             "k": self.k,
             "history": self.history,
@@ -244,7 +251,7 @@ class Run:
                 f"{path}: expected a checkpoint of this project, this is a file of another kind; use another --out"
             )
         before = content["settings"] | {"precision": content["precision"]}
-        now = self.settings | self.card | {"precision": self.precision or content["precision"]}
+        now = self.card | self.settings | {"precision": self.precision or content["precision"]}
         for name in before | now:
             if before.get(name) != now.get(name):
                 raise ValueError(
