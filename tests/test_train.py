@@ -267,6 +267,13 @@ def test_the_faster_precision_is_taken_and_stored(tmp_path, capsys):
     assert again.precision == "bfloat16" and again.k == 1
 
 
+def test_without_a_wish_the_first_device_that_works_is_taken(monkeypatch):
+    monkeypatch.setattr(toolbox.run, "works", lambda device: None if device in ("mps", "cpu") else RuntimeError("no driver"))
+    assert toolbox.run.pick_device().type == "mps"
+    with pytest.raises(ValueError, match="--device cuda: this machine has no such device"):
+        toolbox.run.pick_device("cuda")
+
+
 def test_timing_changes_no_weight_and_leaves_no_gradient(tmp_path):
     run, _ = tiny_run(tmp_path)
     before = copy.deepcopy(run.network.state_dict())

@@ -195,6 +195,11 @@ def test_other_sizes_get_one_sentence_with_the_nearest(size, nearest):
         UNet(**SMALL)(torch.randn(1, 3, *size), torch.tensor([5]))
 
 
+def test_an_attention_flag_for_each_level_is_needed():
+    with pytest.raises(ValueError, match="an attention flag for each of the 2 levels, got 4"):
+        UNet(widths=(16, 32))
+
+
 def test_a_context_that_cannot_be_used_is_an_error():
     with pytest.raises(ValueError, match="no cross-attention"):
         UNet(**SMALL)(torch.randn(1, 3, 8, 8), torch.tensor([5]), torch.randn(1, 7, 16))
