@@ -99,6 +99,19 @@ def test_the_weight_that_ddpm_drops():
     assert weight(1) == pytest.approx(float(found[1]), rel=0.1) and weight(500) == pytest.approx(float(found[2]), rel=0.1)
 
 
+def test_the_share_of_fresh_noise_in_the_text():
+    """Section 6: of the noise that is left after a step at eta = 1, sigma^2 / (1 - ab_prev) is fresh; cosine, 50 steps."""
+    alpha_bar = [*NoiseSchedule.cosine().alpha_bar.tolist(), 1.0]
+
+    def fresh(t, t_prev):
+        a, a_prev = alpha_bar[t], alpha_bar[t_prev]
+        return 100 * (1 - a_prev) / (1 - a) * (1 - a / a_prev) / (1 - a_prev)
+
+    found = re.search(r"(\d+) % in the second, (\d+) % in the middle", text())
+    assert fresh(999, 979) > 99
+    assert fresh(979, 959) == pytest.approx(int(found[1]), abs=0.5) and fresh(499, 479) == pytest.approx(int(found[2]), abs=0.5)
+
+
 def test_the_table_of_schedules_is_true():
     for name, row in (("linear", "linear (DDPM)"), ("scaled_linear", "scaled linear"), ("cosine", "cosine (Nichol")):
         alpha_bar = getattr(NoiseSchedule, name)().alpha_bar
