@@ -3,9 +3,9 @@
 import glob
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,8 +26,14 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Data:
+    """Pictures, and what is known of each: for `classes` {"fur": ("black", ...), ...} a column of `labels` for each name."""
+
     name: str
     images: Tensor  # (N, C, size, size), bytes 0 .. 255
+    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    labels: Tensor | None = None  # (N, len(classes)) long, indices into classes' values
+    captions: Sequence[str] = ()  # one for each picture, or none at all
+    mirror: bool = True  # may left and right be exchanged? Not in digits
 
     @property
     def size(self) -> int:

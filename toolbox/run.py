@@ -90,7 +90,7 @@ class Run:
     # ---- the training's own numbers -------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Tensor]:
-        """A batch (B, C, H, W) in [-1, 1] for each step that is left: pictures drawn at random, half of them mirrored."""
+        """A batch (B, C, H, W) in [-1, 1] for each step that is left: pictures drawn at random, half of them mirrored if allowed."""
         previous = signal.signal(signal.SIGINT, self.ask_to_stop)
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=self.steps * self.batch, initial=self.k * self.batch, unit="img", unit_scale=True, smoothing=0.05)
@@ -98,7 +98,7 @@ class Run:
             while self.k < self.steps and not self.stop_asked:
                 self.generator = generator_for(self.seed, self.k)
                 chosen = torch.randint(len(self.data.images), (self.batch,), generator=self.generator)
-                mirrored = torch.rand(self.batch, generator=self.generator) < 0.5
+                mirrored = (torch.rand(self.batch, generator=self.generator) < 0.5) & self.data.mirror
                 x0 = from_bytes(self.data.images[chosen])
                 yield torch.where(mirrored[:, None, None, None], x0.flip(-1), x0).to(self.device)
         finally:
