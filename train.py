@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from processes import NoiseSchedule, add_noise, randn, sample
-from toolbox.data import load_data
+from toolbox.data import SIZES, load_data
 from toolbox.files import errors_in_one_sentence
 from toolbox.models import card, load_model
 from toolbox.pictures import loss_by_level, plot_training, save_grid
@@ -17,11 +17,11 @@ from unet import UNet
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="cats", help="'cats' (drawn by this project), or a folder of pictures")
+    parser.add_argument("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of pictures")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATA); the same command goes on with it")
     parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
     parser.add_argument("--steps", type=int, default=1900, help="training steps in all; more go on with a finished run")
-    parser.add_argument("--size", type=int, help="pixels (default: 32 for cats, 64 for a folder)")
+    parser.add_argument("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
     parser.add_argument("--batch", type=int, default=32, help="pictures in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
@@ -33,9 +33,16 @@ def main() -> None:
     if args.model:
         network, schedule, old = load_model(args.model)
         data = load_data(args.data, args.size or old["size"])
+        if old["channels"] != data.channels:
+            raise ValueError(
+                f"--model {args.model} draws pictures of {old['channels']} channels, and those of --data {args.data} have "
+                f"{data.channels}: train without --model, or with a model of such pictures"
+            )
     else:
         data = load_data(args.data, args.size)
-        network, schedule = UNet(data.channels, data.channels), NoiseSchedule.cosine()
+        smaller = {"widths": (32, 64, 128), "attention": (False, False, True)}  # 28 pixels can be halved only twice
+        network = UNet(data.channels, data.channels, **({} if data.size % 8 == 0 else smaller))
+        schedule = NoiseSchedule.cosine()
     network.check_size(data.size, data.size)
 
     run = Run(

@@ -303,7 +303,7 @@ def test_a_ready_models_weights_can_be_the_start(train_here):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--data", "nowhere"], "--data nowhere: expected the word 'cats' or a folder"),
+        (["--data", "nowhere"], "--data nowhere: no such folder and no data of that name"),
         (["--data", "empty"], "empty: expected pictures"),
         (["--data", "broken"], "none of the 1 files is a readable picture"),
         (["--data", "photos", "--size", "30"], "expected multiples of"),
@@ -329,6 +329,6 @@ def test_a_sentence_and_exit_code_2_instead_of_a_traceback(here):
     result = command("train.py", "--data", "nowhere", check=False)
     assert (
         result.returncode == 2
-        and result.stderr.startswith("error: --data nowhere: expected")
+        and result.stderr.startswith("error: --data nowhere: no such folder")
         and result.stderr.count("\n") == 1
     )
