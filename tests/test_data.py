@@ -113,7 +113,7 @@ def test_of_an_animation_the_first_frame(here):
     assert colour_of(load_data("photos", 16).images[0]) == [255, 0, 0]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (7, 200), (5000, 4000)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (7, 200), (3000, 2000)])
 def test_every_size(here, size):
     picture(here / "photos/a.png", size=size)
     assert colour_of(load_data("photos", 16).images[0]) == [200, 30, 60]
@@ -219,6 +219,18 @@ def test_it_is_decoded_once_until_the_folder_changes(here, monkeypatch):
     assert len(list((here / "data").iterdir())) == 6  # other sizes and folders are
 
 
+def test_the_content_is_that_of_the_pictures(here):
+    picture(here / "photos/a.png")
+    picture(here / "same/other.png")
+    picture(here / "other/a.png", colour=(200, 30, 61))
+    photos, same, other = (load_data(folder, 16).content for folder in ("photos", "same", "other"))
+    assert photos == same != other
+    many = torch.zeros(5000, 1, 2, 2, dtype=torch.uint8)
+    changed = many.clone()
+    changed[600:610] = 1  # what it looks at is spread evenly: no ten in a row escape it
+    assert data.Data("many", many).content != data.Data("many", changed).content
+
+
 def test_killed_while_decoding_it_leaves_no_half_cache(here, monkeypatch):
     picture(here / "photos/a.png")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
@@ -230,12 +242,11 @@ def test_killed_while_decoding_it_leaves_no_half_cache(here, monkeypatch):
 def test_where_the_bytes_are_all_is_there(here, monkeypatch):
     """Killed at the worst moment, or one file lost: both are made again."""
     picture(here / "photos/cats/a.png")
-    save_about = torch.save
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         load_data("photos", 16)
     assert not list((here / "data").iterdir())
-    assert torch.save is save_about and list(load_data("photos", 16).captions) == ["cats"]
+    assert list(load_data("photos", 16).captions) == ["cats"]
     next((here / "data").glob("*.pt")).unlink()
     assert list(load_data("photos", 16).captions) == ["cats"]
 
@@ -261,7 +272,6 @@ def test_pictures_larger_than_the_memory(here):
     assert from_bytes(huge.images[torch.tensor([0, 1, n // 2, n - 1])])[:, 0, 0, 0].tolist() == pytest.approx(
         [7 / 127.5 - 1, 7 / 127.5 - 1, -1, -1]
     )
-    assert huge.content  # a thousand pictures
     assert resident() - before < 100e6
 
 
@@ -481,5 +491,3 @@ def test_a_folder_trains_and_draws_from_the_command_line(photos):
         "sample.py", "--model", "runs/photos/model.pt", "--n", 2, "--steps", 2, "--out", "own.png", "--device", "cpu"
     )
     assert "trained on photos" in result.stdout and (photos.parent / "own.png").exists()
-    again = command("train.py", "--data", "photos", "--size", 16, "--steps", 2, "--batch", 2, "--device", "cpu")
-    assert "finished after 2 steps" in again.stdout
