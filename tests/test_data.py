@@ -69,6 +69,7 @@ def test_every_mode_keeps_its_colour(here, mode, suffix):
         ("L", "png", 130, 130),
         ("I;16", "png", 130 * 257, 130),
         ("I;16", "tif", 65535, 255),
+        ("I;16", "tif", 200, 1),  # dark, not bright in 8 bits
         ("I", "tif", 130 * 257, 130),
         ("I", "tif", 1_000_000, 255),
         ("F", "tif", 0.5, 128),
@@ -117,6 +118,15 @@ def test_of_an_animation_the_first_frame(here):
 def test_every_size(here, size):
     picture(here / "photos/a.png", size=size)
     assert colour_of(load_data("photos", 16).images[0]) == [200, 30, 60]
+
+
+def test_a_smaller_picture_is_a_mean_not_a_choice_of_pixels(here):
+    (here / "photos").mkdir()
+    board = Image.new("L", (64, 64))
+    board.putdata([255 * ((i + i // 64) % 2) for i in range(64 * 64)])
+    board.save(here / "photos/a.png")
+    image = load_data("photos", 16).images[0].float()
+    assert image.mean() == pytest.approx(127.5, abs=1) and image[:, 4:12, 4:12].std() < 2
 
 
 def test_the_middle_is_kept_and_rotation_is_obeyed(here):
@@ -208,10 +218,13 @@ def test_it_is_decoded_once_until_the_folder_changes(here, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(data, "read_picture", None)  # any decoding would now crash
         assert len(load_data("photos", 16).images) == 1
+    another = here / "data" / f"{next((here / 'data').glob('*.bytes')).name}.123.tmp"
+    another.touch()  # of a process that is just writing
     picture(here / "photos/a.png", colour=(10, 20, 30))
     assert load_data("photos", 16).images[0, 0, 0, 0] == 10
     picture(here / "photos/b.png")
     assert len(load_data("photos", 16).images) == 2
+    another.unlink()  # it was let alone
     assert sorted(path.suffix for path in (here / "data").iterdir()) == [".bytes", ".pt"]  # what is out of date is not kept
     load_data("photos", 8)
     picture(here / "elsewhere/photos/c.png")
@@ -292,6 +305,10 @@ def test_the_drawn_cats_are_the_renderers_with_what_they_show(here, monkeypatch)
     monkeypatch.setattr(data.cats, "draw", None)  # any drawing would now crash
     assert torch.equal(load_data("cats", 16).images, training.images)
     assert torch.equal(load_data("cats", 16, held_out=True).labels, held_out.labels)
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(data, "DRAWN_CATS", 256)  # another number is another cache
+    assert len(load_data("cats", 16).images) == 256
 
 
 def test_how_many_cats_and_how_large_unless_told(here, monkeypatch):
@@ -372,7 +389,8 @@ def test_of_the_pets_only_the_cats(here):
     for part in ("trainval", "test"):
         lines = []
         for label, animal in reversed(list(enumerate(animals, start=1))):
-            picture(folder / f"images/{animal}_{part}.jpg", size=(90, 60), colour=(label * 40, 0, 0), quality=95)
+            colour = (label * 40, 0, 100 if part == "test" else 0)
+            picture(folder / f"images/{animal}_{part}.jpg", size=(90, 60), colour=colour, quality=95)
             lines.append(f"{animal}_{part} {label} {1 if animal[0].isupper() else 2} 1")  # name, class, cat or dog, breed
         (folder / "annotations").mkdir(exist_ok=True)
         (folder / f"annotations/{part}.txt").write_text("\n".join(lines))
@@ -380,6 +398,7 @@ def test_of_the_pets_only_the_cats(here):
         pets = load_data("pets", held_out=held_out)
         assert pets.images.shape == (3, 3, 64, 64) and list(pets.captions) == ["Sphynx", "British Shorthair", "Abyssinian"]
         assert [round(colour_of(image)[0], -1) for image in pets.images] == [200, 120, 40]
+        assert all(colour_of(image)[2] == pytest.approx(100 * held_out, abs=4) for image in pets.images)
         assert list(pets.classes) == ["breed"] and len(pets.classes["breed"]) == 12
         assert [pets.classes["breed"][i] for i in pets.labels[:, 0]] == list(pets.captions)
     assert len(list((here / "data").glob("pets*.bytes"))) == 2
@@ -486,7 +505,7 @@ def test_a_file_is_whole_or_not_there(here):
 
 def test_a_folder_trains_and_draws_from_the_command_line(photos):
     """What a user with own pictures types, small."""
-    command("train.py", "--data", "photos", "--size", 16, "--steps", 2, "--batch", 2, "--device", "cpu")
+    command("train.py", "--data", "photos", "--size", 16, "--steps", 1, "--batch", 2, "--device", "cpu")
     result = command(
         "sample.py", "--model", "runs/photos/model.pt", "--n", 2, "--steps", 2, "--out", "own.png", "--device", "cpu"
     )
