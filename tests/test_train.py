@@ -30,7 +30,8 @@ toolbox.run.SAVE_EVERY = 0
 train.UNet = functools.partial(UNet, **{TINY})
 train.show = lambda run, schedule: None
 from toolbox.files import errors_in_one_sentence
-with errors_in_one_sentence():
+from toolbox.run import all_processes
+with errors_in_one_sentence(), all_processes():
     train.main()
 """
 
