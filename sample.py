@@ -34,6 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     check_number("--n", args.n, 1)
     check_number("--seed", args.seed, 0, 2**32 - args.n)
+    check_number("--eta", args.eta, 0, 1)
     if args.out.suffix.lower() not in ("", ".png"):
         raise ValueError(f"--out {args.out}: expected a name that ends in .png, for a grid, or a folder")
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and errors in one sentence."""
 
 import errno
+import math
 import os
 import sys
 import time
@@ -51,9 +52,9 @@ def check_writable(path: Path) -> None:
         path.unlink()
 
 
-def check_number(flag: str, number: int, low: int, high: int | None = None) -> None:
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{flag} {number}: expected {low} " + ("or more" if high is None else f"to {high}"))
+def check_number(flag: str, number: float, low: float, high: float = math.inf) -> None:
+    if not low <= number <= high:
+        raise ValueError(f"{flag} {number}: expected {low} " + ("or more" if high == math.inf else f"to {high}"))
 
 
 @contextmanager

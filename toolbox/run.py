@@ -333,14 +333,15 @@ class Run:
         path = self.folder / "resume.pt"
         if not path.exists():
             return
-        instead = f"use another --out, with --model {self.folder / 'model.pt'} to begin from its weights"
+        damaged = (
+            f"{path}: this file is damaged or of another kind, no run can go on from it; "
+            f"use another --out, with --model {self.folder / 'model.pt'} to begin from its weights"
+        )
         try:
             content = read(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; the run cannot go on from it: {instead}") from error
-        if not isinstance(content, dict) or "settings" not in content:
-            raise ValueError(f"{path}: expected a checkpoint of a run, this is a file of another kind: {instead}")
-        before = content["settings"] | {"precision": content["precision"]}
+            before = content["settings"] | {"precision": content["precision"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(damaged) from error
         now = self.card | self.settings | {"precision": self.precision or content["precision"]}
         for name in before | now:
             if before.get(name) != now.get(name):
@@ -355,9 +356,7 @@ class Run:
             self.precision, self.history, self.recent = content["precision"], content["history"], content["recent"]
             self.k = self.saved_k = content["k"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: its entries do not fit the network; it was changed or is of another version: {instead}"
-            ) from error
+            raise ValueError(damaged) from error
 
     def ask_to_stop(self, *_: object) -> None:
         self.stop_asked = True
