@@ -38,9 +38,14 @@ def show(run, schedule):
     with open(f"{{run.folder}}/shown", "a") as file:
         print(RANK, run.k, file=file)
 
+def write(path, content, before=toolbox.run.write):
+    before(path, content)
+    with open(path.with_name("writers"), "a") as file:
+        file.write(str(RANK))
+
 torch.set_num_threads(1)
 toolbox.run.SAVE_EVERY, toolbox.run.CLIP = 0, 1e3  # clipping would hide a wrong factor
-Run.note, train.UNet, train.show = note, awake, show
+Run.note, train.UNet, train.show, toolbox.run.write = note, awake, show, write
 EXTRA
 with errors_in_one_sentence(), all_processes():
     for arguments in sys.argv[1:]:
@@ -125,8 +130,9 @@ def test_the_first_process_speaks_and_writes_for_all(trained):
     assert out.count("training  steps") == 6 and "Warn" not in err and "Traceback" not in err.partition("torch/distributed")[0]
     for name in ("one-1-10", "one-4-10", "two-1-10", "two-2-10"):
         assert (folder / name / "shown").read_text() == "0 2\n0 4\n0 6\n0 8\n0 10\n"  # once a step
+        assert (folder / name / "writers").read_text() == "0" * 10
         files = sorted(p.name for p in (folder / name).iterdir() if "losses" not in p.name)
-        assert files == ["log.csv", "model.pt", "resume.pt", "shown"]
+        assert files == ["log.csv", "model.pt", "resume.pt", "shown", "writers"]
     assert torch.equal(losses(folder / "two-2-10"), losses(folder / "two-2-10", rank=1))  # the mean of both
 
 

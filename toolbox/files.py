@@ -36,7 +36,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)  # a rename is all or nothing
     except OSError as error:
-        if error.filename is None or Path(error.filename) == temporary:
+        if error.errno in MEANING and str(error.filename) in ("None", str(temporary)):
             error.filename = str(path)  # the one that the user knows
         raise
     finally:

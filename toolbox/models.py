@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[UN
     try:
         network, schedule = rebuild(content)
     except Exception as error:  # a file may say anything
-        reason = textwrap.shorten(str(error), 150)
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
         raise ValueError(f"{path}: its entries do not fit together, the file is damaged ({reason}); use another one") from error
     return network.to(device).eval(), schedule, content
 
@@ -102,5 +103,7 @@ def write(path: Path, content: object) -> None:
     try:
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             torch.save(content, file)
-    except RuntimeError as error:  # so PyTorch's zip writer says that it could not write
-        raise OSError(errno.ENOSPC, "cannot be written whole", str(path)) from error
+    except RuntimeError as error:
+        if "inline_container" in str(error) or "failed writing" in str(error):  # how PyTorch's zip writer says it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise

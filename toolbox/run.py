@@ -87,10 +87,9 @@ def pick_device(name: str | None = None) -> torch.device:
         raise ValueError(
             f"--device {name}: this machine has no such device, or PyTorch cannot use it; try --device cpu"
         ) from error
-    device = torch.device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 def works(device: str) -> Exception | None:
@@ -133,7 +132,7 @@ class Run:
         if batch % (PROCESSES * accumulate):
             raise ValueError(
                 f"--batch {batch}: expected a multiple of {PROCESSES * accumulate}, for even shares "
-                f"({PROCESSES} processes, each with --accumulate {accumulate}); change one of them"
+                f"(processes: {PROCESSES}, parts by --accumulate: {accumulate}); change one of them"
             )
         self.folder, self.data, self.card, self.settings = folder, data, card, settings | {"batch": batch, "seed": seed}
         self.steps, self.batch, self.seed, self.device, self.precision = steps, batch, seed, device, precision
