@@ -71,7 +71,10 @@ def start(folder, launcher, *trainings, extra=""):
 
 def run(folder, launcher, *trainings, extra=""):
     program = start(folder, launcher, *trainings, extra=extra)
-    out, err = program.communicate(timeout=180)
+    try:
+        out, err = program.communicate(timeout=180)
+    finally:
+        program.terminate()  # a deadlock must not outlive the tests
     return program.returncode, out, err
 
 
@@ -85,20 +88,25 @@ def gradient(folder):
 
 
 MISHAPS = """
-if RANK == 1:
-    mse, average = train.F.mse_loss, Run.average
+mse, average, wrote = train.F.mse_loss, Run.average, toolbox.run.write
 
-    def broken_after_two_steps(a, b):
-        return mse(a, b) * (float("nan") if "broken" in sys.argv and os.path.exists("broken/seen") else 1)
+def broken_in_step_3(a, b):
+    return mse(a, b) * (float("nan") if RANK == 1 and "broken" in sys.argv and os.path.exists("broken/seen") else 1)
 
-    def asked_to_stop_in_step_4(run):
-        average(run)
-        if run.k == 2 and run.folder.name == "broken":
-            open("broken/seen", "w").close()
-        if run.k == 4 and run.folder.name == "stopped":
+def asked_to_stop_in_step_4(run):
+    average(run)
+    if run.k == 2 and RANK == 1 and run.folder.name == "broken":
+        open("broken/seen", "w").close()
+    if run.k == 4 and run.folder.name == "stopped":
+        toolbox.run.SAVE_EVERY = 100  # so it is saved when it has stopped, and that takes long
+        if RANK == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    train.F.mse_loss, Run.average = broken_after_two_steps, asked_to_stop_in_step_4
+def slow(path, content):
+    time.sleep(1 if toolbox.run.SAVE_EVERY else 0)
+    wrote(path, content)
+
+train.F.mse_loss, Run.average, toolbox.run.write = broken_in_step_3, asked_to_stop_in_step_4, slow
 """
 
 
