@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from processes import randn, sample, strides
-from toolbox.files import errors_in_one_sentence
+from toolbox.files import check_number, check_writable, errors_in_one_sentence
 from toolbox.models import load_model
 from toolbox.pictures import grid, save, save_gif, save_grid, to_image
 from toolbox.run import pick_device
@@ -32,15 +32,22 @@ def main() -> None:
     parser.add_argument("--gif", type=Path, help="also write how the grid comes out of the noise")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    if args.n < 1:
-        raise ValueError(f"--n {args.n}: expected 1 picture or more")
+    check_number("--n", args.n, 1)
+    check_number("--seed", args.seed, 0, 2**32 - args.n)
+    check_number("--eta", args.eta, 0, 1)
     if args.out.suffix.lower() not in ("", ".png"):
         raise ValueError(f"--out {args.out}: expected a name that ends in .png, for a grid, or a folder")
+
+    if args.gif and args.gif.suffix.lower() != ".gif":
+        raise ValueError(f"--gif {args.gif}: expected a name that ends in .gif")
 
     model = args.model or (OWN if OWN.exists() else "cats")
     device = pick_device(args.device)
     network, schedule, about = load_model(model, device)
     shape = (about["channels"], about["size"], about["size"])
+    check_writable(args.out if args.out.suffix else args.out / f"{args.seed:06}.png")
+    if args.gif:
+        check_writable(args.gif)
     print(f"{args.n} pictures of {about['size']}x{about['size']} pixels by the model {model}, trained on {about['data']}")
 
     chunks = range(args.seed, args.seed + args.n, CHUNK)

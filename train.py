@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 from processes import NoiseSchedule, add_noise, randn, sample
 from toolbox.data import SIZES, load_data
-from toolbox.files import errors_in_one_sentence
+from toolbox.files import check_number, errors_in_one_sentence
 from toolbox.models import card, load_model
 from toolbox.pictures import loss_by_level, plot_training, save_grid
-from toolbox.run import Run, pick_device
+from toolbox.run import Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
 
@@ -22,24 +22,28 @@ def main() -> None:
     parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
     parser.add_argument("--steps", type=int, default=1900, help="training steps in all; more go on with a finished run")
     parser.add_argument("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures in a step")
+    parser.add_argument("--batch", type=int, default=32, help="pictures in a step, of all processes together")
+    parser.add_argument("--accumulate", type=int, default=1, help="work on a batch in so many parts; each needs less memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
     args = parser.parse_args()
 
+    check_number("--seed", args.seed, 0, 2**32 - 1)
     device = pick_device(args.device)
     torch.manual_seed(args.seed)  # the network's first weights
     if args.model:
         network, schedule, old = load_model(args.model)
-        data = load_data(args.data, args.size or old["size"])
+        with first_process_first():
+            data = load_data(args.data, args.size or old["size"])
         if old["channels"] != data.channels:
             raise ValueError(
                 f"--model {args.model} draws pictures of {old['channels']} channels, and those of --data {args.data} have "
                 f"{data.channels}: train without --model, or with a model of such pictures"
             )
     else:
-        data = load_data(args.data, args.size)
+        with first_process_first():
+            data = load_data(args.data, args.size)
         smaller = {"widths": (32, 64, 128), "attention": (False, False, True)}  # 28 pixels can be halved only twice
         network = UNet(data.channels, data.channels, **({} if data.size % 8 == 0 else smaller))
         schedule = NoiseSchedule.cosine()
@@ -56,6 +60,7 @@ def main() -> None:
         seed=args.seed,
         device=device,
         precision=args.precision,
+        accumulate=args.accumulate,
     )
     if run.k >= args.steps:
         print(f"{run.folder} holds this training, finished after {run.k} steps: more --steps go on, another --out begins anew")
@@ -83,5 +88,5 @@ def show(run: Run, schedule: NoiseSchedule) -> None:
 
 
 if __name__ == "__main__":
-    with errors_in_one_sentence():
+    with errors_in_one_sentence(), all_processes():
         main()

@@ -48,14 +48,16 @@ def test_the_core_imports_its_five_packages_and_no_more():
         "contextlib",
         "copy",
         "dataclasses",
+        "datetime",
         "difflib",
+        "errno",
         "glob",
         "hashlib",
         "math",
         "os",
         "pathlib",
     }
-    standard |= {"pickle", "random", "signal", "sys", "time", "traceback", "zlib"}
+    standard |= {"pickle", "random", "signal", "sys", "textwrap", "time", "traceback", "zlib"}
     ours = {"processes", "unet", "toolbox"}
     for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]:
         found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf8"), flags=re.MULTILINE))

@@ -1,11 +1,13 @@
 """`python sample.py`: a grid, single pictures, a GIF; the same seed gives the same picture, whoever stands beside it."""
 
 import sys
+import zipfile
 
 import pytest
 import torch
 from conftest import TINY, command
 from PIL import Image
+from test_train import Evil, said
 from torchvision.transforms.functional import pil_to_tensor
 
 import sample
@@ -97,34 +99,115 @@ def test_pictures_keep_their_colours(channels):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "told"),
     [
-        (["--n", "0"], "--n 0: expected 1 picture or more"),
+        (["--n", "0"], "--n 0: expected 1 or more"),
+        (["--n", "-1"], "--n -1: expected 1 or more"),
         (["--steps", "0"], "expected 1 to 1000 steps"),
+        (["--steps", "2000"], "expected 1 to 1000 steps, as the schedule has 1000, got 2000"),
+        (["--eta", "2"], "--eta 2.0: expected 0 to 1"),
+        (["--eta", "nan"], "--eta nan: expected 0 to 1"),
+        (["--seed", "-1"], "--seed -1: expected 0 to"),
+        (["--seed", str(2**32)], f"--seed {2**32}: expected 0 to"),
+        (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
         (["--out", "cats.jpg"], "--out cats.jpg: expected a name that ends in .png"),
-        (["--eta", "2"], "expected an eta from 0"),
-        (["--model", "catz"], "no ready model; did you mean cats"),
-        (["--model", "broken.pt"], "broken.pt: expected a file that torch.save wrote whole"),
-        (["--model", "other.pt"], "other.pt: expected a model.pt of this project"),
-        (["--model", "mixed.pt"], "mixed.pt: its weights do not fit"),
-        (["--model", "evil.pt"], "evil.pt: expected a file that torch.save wrote whole"),
+        (["--out", "folder.png"], "folder.png: expected a file, this is a folder; use another name"),
+        (["--out", "a_file"], "a_file: expected a folder, this is a file; use another name"),
+        (["--out", "a_file/cats.png"], "a_file: expected a folder, this is a file; use another name"),
+        (["--gif", "way.mp4"], "--gif way.mp4: expected a name that ends in .gif"),
+        (["--gif", "a_file/way.gif"], "a_file: expected a folder, this is a file; use another name"),
+        (["--model", "catz"], "--model catz: no such file and no ready model; did you mean cats?"),
+        (["--model", "folder.png"], "--model folder.png: expected a file, this is a folder; is it folder.png/model.pt?"),
     ],
 )
-def test_bad_input_gets_one_sentence(draw_here, here, words, sentence):
-    whole = (here / "tiny.pt").read_bytes()
-    (here / "broken.pt").write_bytes(whole[: len(whole) // 2])
-    torch.save({"weights": {}}, here / "other.pt")
-    content = torch.load(here / "tiny.pt", weights_only=True)
-    torch.save(content | {"network": content["network"] | {"widths": [8, 8]}}, here / "mixed.pt")
+def test_bad_input_gets_one_sentence(draw_here, here, capsys, words, told):
+    (here / "folder.png").mkdir()
+    (here / "a_file").write_text("kept")
+    assert told in said(lambda: draw_here("--out", "out.png", *words), capsys)
+    assert sorted(path.name for path in here.iterdir()) == ["a_file", "folder.png", "tiny.pt"]
+    assert (here / "a_file").read_text() == "kept" and not list((here / "folder.png").iterdir())
+
+
+def changed(**entries):
+    return lambda content: content | entries
+
+
+def without(name):
+    return lambda content: {other: entry for other, entry in content.items() if other != name}
+
+
+def network(**entries):
+    return lambda content: content | {"network": content["network"] | entries}
+
+
+def weights(change):
+    return lambda content: content | {"weights": {name: change(w) for name, w in content["weights"].items()}}
+
+
+KIND, WHOLE, FIT = (
+    "expected a model.pt of this project",
+    "expected a file that torch.save wrote whole",
+    "its entries do not fit",
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", WHOLE),
+        (b"some text\nof two lines", WHOLE),
+        (b"\x89PNG\r\n\x1a\n and so on", WHOLE),
+        (lambda whole: whole[: len(whole) // 2], WHOLE),
+        (lambda whole: whole[:-1], WHOLE),
+        ("a zip", WHOLE),
+        ({"weight": torch.zeros(3)}, KIND),
+        ([1, 2], KIND),
+        (torch.zeros(3), KIND),
+        ({"format": torch.zeros(3), "network": {}}, KIND),
+        ({"settings": {}}, "expected a model.pt, this is what a run goes on from; use the model.pt beside it"),
+        (changed(format=99), KIND),
+        (changed(network=3), FIT),
+        (network(widths=[8, 8]), FIT),
+        (network(widths=[10**6, 10**6]), FIT),  # would need 36 TB
+        (network(widths=[]), FIT),
+        (network(heads=0), FIT),
+        (network(groups=0), FIT),
+        (network(unknown=1), FIT),
+        (network(attention_block="exec"), FIT),
+        (changed(channels=1), FIT),
+        (changed(size=7), FIT),
+        (changed(size=0), FIT),
+        (changed(size="8"), FIT),
+        (changed(weights=None), FIT),
+        (weights(lambda w: w * float("nan")), FIT),
+        (weights(lambda w: w[:1]), FIT),
+        *[(changed(schedule={"name": name, "T": 9}), FIT) for name in ("__init__", "__class__", "from_betas", "sine", [])],
+        *[(changed(schedule={"name": "linear", "T": T}), FIT) for T in (0, -1, 10**12, "9", None)],
+        *[(without(name), FIT) for name in ("weights", "size", "channels", "schedule")],
+        (without("network"), KIND),
+    ],
+)
+def test_a_file_that_is_no_model_gets_one_sentence(draw_here, here, capsys, content, told):
+    path, tiny = here / "bad.pt", here / "tiny.pt"
+    if content == "a zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a.txt", "text")
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    elif callable(content) and told == WHOLE:
+        path.write_bytes(content(tiny.read_bytes()))
+    else:
+        torch.save(content(torch.load(tiny, weights_only=True)) if callable(content) else content, path)
+    assert f"bad.pt: {told}" in said(lambda: draw_here("--model", "bad.pt"), capsys)
+    assert sorted(file.name for file in here.iterdir()) == ["bad.pt", "tiny.pt"]
+
+
+def test_nothing_that_a_file_contains_is_executed(draw_here, here, capsys):
     torch.save(Evil(), here / "evil.pt")
-    with pytest.raises(ValueError, match=sentence):
-        draw_here("--out", "out.png", *words)
-    assert not (here / "out.png").exists() and not (here / "executed").exists()
-
-
-class Evil:
-    def __reduce__(self):
-        return (exec, ("open('executed', 'w')",))
+    assert f"evil.pt: {WHOLE}" in said(lambda: draw_here("--model", "evil.pt"), capsys)
+    assert not (here / "executed").exists()
+    torch.load(here / "evil.pt", weights_only=False)
+    assert (here / "executed").exists()  # so the file is as bad as it was meant to be
 
 
 def test_the_ready_model_draws_at_once_in_a_fresh_folder(here):

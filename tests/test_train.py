@@ -1,6 +1,7 @@
 """A training that is killed goes on bit by bit; one that breaks says so; nothing is lost, nothing half-written."""
 
 import copy
+import errno
 import math
 import os
 import random
@@ -13,10 +14,12 @@ import pytest
 import torch
 from conftest import ROOT, TINY, checkpoint, command, flat
 
+import toolbox.files
 import toolbox.run
 import train
 from processes import NoiseSchedule, add_noise
 from toolbox.data import Data
+from toolbox.files import MEANING, errors_in_one_sentence, sentence
 from toolbox.models import card, load_model
 from toolbox.run import Run, generator_for
 from unet import UNet
@@ -30,7 +33,8 @@ toolbox.run.SAVE_EVERY = 0
 train.UNet = functools.partial(UNet, **{TINY})
 train.show = lambda run, schedule: None
 from toolbox.files import errors_in_one_sentence
-with errors_in_one_sentence():
+from toolbox.run import all_processes
+with errors_in_one_sentence(), all_processes():
     train.main()
 """
 
@@ -51,15 +55,19 @@ def start_program(out, steps, **options):
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_goes_on_bit_by_bit(photos, kills):
     folder, steps, rng = photos.parent / "killed", 40 * kills, random.Random(0)
-    straight = start_program("straight", steps)
-    for _ in range(kills):
+    straight, in_the_act = start_program("straight", steps), 0
+    for kill in range(kills):
         program = start_program("killed", steps)
         before = last_saved(folder)
         while last_saved(folder) == before:  # it goes on, and saves after each step
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
+        while kill % 2 and not any(folder.glob("*.tmp")):  # every other time while it saves
+            pass
         program.kill()
         assert program.wait() == -signal.SIGKILL, "it ended before it was killed: more steps are needed"
+        in_the_act += any(folder.glob("*.tmp"))
+    assert in_the_act or kills < 10
     assert start_program("killed", steps).wait() == straight.wait() == 0
     one, other = checkpoint("straight"), checkpoint("killed")
     assert one["k"] == other["k"] == steps and one["history"] == other["history"]
@@ -300,29 +308,124 @@ def test_a_ready_models_weights_can_be_the_start(train_here):
     assert 0 < max(changes) < 1e-4  # one step of the warm-up away
 
 
+def said(main, capsys):
+    """What a program says to a user whose input is bad: one sentence, no traceback, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end, errors_in_one_sentence():
+        main()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line and line.strip()]  # no bars
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "told"),
     [
         (["--data", "nowhere"], "--data nowhere: no such folder and no data of that name"),
         (["--data", "empty"], "empty: expected pictures"),
         (["--data", "broken"], "none of the 1 files is a readable picture"),
-        (["--data", "photos", "--size", "30"], "expected multiples of"),
-        (["--data", "photos", "--size", "0"], "--size 0: expected 1 pixel or more"),
-        (["--data", "photos", "--steps", "0"], "--steps 0: expected 1 or more"),
-        (["--data", "photos", "--batch", "0"], "--batch 0: expected 1 or more"),
-        (["--data", "photos", "--device", "tpu9"], "--device tpu9"),
-        (["--data", "photos", "--model", "dogs"], "--model dogs: no such file and no ready model"),
-        (["--data", "photos", "--model", "photos/0.png"], "0.png: expected a file that torch.save wrote whole"),
+        (["--size", "30"], "expected multiples of"),
+        (["--size", "0"], "--size 0: expected 1 pixel or more"),
+        (["--steps", "0"], "--steps 0: expected 1 or more"),
+        (["--batch", "0"], "--batch 0: expected 1 or more"),
+        (["--batch", str(10**12)], "the memory is not enough: a training needs less with a smaller --batch"),
+        (["--accumulate", "0"], "--accumulate 0: expected 1 or more"),
+        (["--accumulate", "3"], "--batch 32: expected a multiple of 3, for even shares"),
+        (["--seed", "-1"], "--seed -1: expected 0 to 4294967295"),
+        (["--seed", str(10**30)], f"--seed {10**30}: expected 0 to 4294967295"),
+        (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
+        (["--device", "meta"], "--device meta: this machine has no such device"),
+        (["--model", "dogs"], "--model dogs: no such file and no ready model"),
+        (["--model", "photos"], "--model photos: expected a file, this is a folder; is it photos/model.pt?"),
+        (["--model", "photos/0.png"], "0.png: expected a file that torch.save wrote whole"),
+        (["--out", "a_file"], "a_file: expected a folder, this is a file; use another name"),
+        (["--out", "a_file/run"], "a_file/run: expected a folder on the way to it, found a file; use another name"),
     ],
 )
-def test_bad_input_gets_one_sentence(photos, monkeypatch, words, sentence):
+def test_bad_input_gets_one_sentence(photos, monkeypatch, capsys, words, told):
     (photos.parent / "empty").mkdir()
     (photos.parent / "broken").mkdir()
     (photos.parent / "broken/cat.png").write_bytes(b"no picture")
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
-    with pytest.raises(ValueError, match=sentence):
-        train.main()
-    assert not (photos.parent / "runs").exists()
+    (photos.parent / "a_file").write_text("kept")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", "photos", "--size", "16", "--device", "cpu", *words])
+    assert told in said(train.main, capsys)
+    assert not list(photos.parent.glob("runs/*/*")) and (photos.parent / "a_file").read_text() == "kept"
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("open('executed', 'w')",))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("not a checkpoint"),
+        lambda path: torch.save(Evil(), path),
+        lambda path: path.write_bytes(path.with_name("model.pt").read_bytes()),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save(checkpoint("run") | {"settings": 3}, path),
+        lambda path: torch.save(checkpoint("run") | {"network": {}}, path),
+        lambda path: torch.save(checkpoint("run") | {"optimizer": {}}, path),
+        lambda path: torch.save({name: entry for name, entry in checkpoint("run").items() if name != "k"}, path),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_and_nothing_is_touched(train_here, here, capsys, damage):
+    train_here("--steps", 1)
+    damage(here / "run/resume.pt")
+    before = {path.name: path.read_bytes() for path in (here / "run").iterdir()}
+    error = said(lambda: train_here("--steps", 2), capsys)
+    assert (
+        "run/resume.pt: this file is damaged or of another kind" in error
+        and "use another --out, with --model run/model.pt" in error
+    )
+    assert {path.name: path.read_bytes() for path in (here / "run").iterdir()} == before
+    assert not (here / "executed").exists()
+    train_here("--steps", 1, "--out", "another", "--model", "run/model.pt")  # the advice helps
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of files")
+@pytest.mark.parametrize("file", ["model.pt", "resume.pt"])
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_same_command_goes_on(train_here, here, monkeypatch, capsys, file):
+    """The limit for the size of a file is real: the system refuses to write, in step 4, in the middle of this file."""
+    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
+
+    train_here("--steps", 6, "--out", "straight")
+    model, limits, average = (here / "straight/model.pt").stat().st_size, getrlimit(RLIMIT_FSIZE), Run.average
+
+    def full_in_step_4(run):
+        average(run)
+        if run.k == 4:
+            setrlimit(RLIMIT_FSIZE, (model // 2 if file == "model.pt" else model + 5000, limits[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "average", full_in_step_4)
+        try:
+            error = said(lambda: train_here("--steps", 6), capsys)
+        finally:
+            setrlimit(RLIMIT_FSIZE, limits)
+    assert f"run/{file}: the disk is full; make room, and the same command goes on" in error
+    assert checkpoint("run")["k"] == 3 and load_model("run/model.pt")
+    assert sorted(path.name for path in (here / "run").iterdir()) == ["log.csv", "model.pt", "resume.pt"]
+    train_here("--steps", 6)
+    assert torch.equal(flat(checkpoint("run")), flat(checkpoint("straight")))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_told_before_the_training(train_here, monkeypatch, capsys, number):
+    def deny(path, *_):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(toolbox.files, "open", deny, raising=False)  # the tests may run as root, who may write anywhere
+    assert f"run/log.csv: {MEANING[number]}" in said(lambda: train_here("--steps", 2), capsys)
+
+
+def test_memory_that_is_not_enough_is_told_and_a_mistake_in_the_code_keeps_its_traceback():
+    assert sentence(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried")).startswith("the memory is not enough")
+    assert sentence(MemoryError()).startswith("the memory is not enough")
+    assert sentence(RuntimeError("an illegal memory access was encountered")) is None and sentence(TypeError("x")) is None
 
 
 def test_a_sentence_and_exit_code_2_instead_of_a_traceback(here):

@@ -1,7 +1,9 @@
 """A model to share, in one file: what it takes to rebuild the network, and its (averaged) weights in 16 bits."""
 
 import difflib
-import pickle
+import errno
+import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import torch
 from torch import nn
 
 from processes import NoiseSchedule
-from toolbox.files import whole_file
+from toolbox.files import check_number, whole_file
 from unet import UNet
 
 FORMAT = 1
 READY = Path(__file__).parent.parent / "models"  # NAME.pt in there can be asked for as NAME
+SCHEDULES = {make.__name__: make for make in (NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine)}
 
 
 def card(network: UNet, schedule: NoiseSchedule, size: int, data: str, classes: Sequence[str] = ()) -> dict:
@@ -32,25 +35,42 @@ def card(network: UNet, schedule: NoiseSchedule, size: int, data: str, classes: 
 def save_model(path: Path, network: nn.Module, card: dict) -> None:
     """Float16 halves the file; rounding the weights to 11 bits changes the ready model's predicted noise by 0.0004."""
     weights = {name: w.detach().half().cpu().contiguous() for name, w in network.state_dict().items()}
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(card | {"weights": weights}, file)
+    write(path, card | {"weights": weights})
 
 
 def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[UNet, NoiseSchedule, dict]:
     """From a file, or the name of a ready model: the network, its schedule, and the file's other entries."""
     path = find_model(name)
     content = read(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "network" not in content:
+    if isinstance(content, dict) and "settings" in content:
+        raise ValueError(f"{path}: expected a model.pt, this is what a run goes on from; use the model.pt beside it")
+    if not isinstance(content, dict) or str(content.get("format")) != str(FORMAT) or "network" not in content:
         raise ValueError(f"{path}: expected a model.pt of this project (format {FORMAT}), this is a file of another kind")
     try:
-        network = UNet(**content["network"])
-        network.load_state_dict(content.pop("weights"))
-        schedule = getattr(NoiseSchedule, content["schedule"]["name"])(content["schedule"]["T"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: its weights do not fit the network that it describes; the file is damaged ({error})"
-        ) from error
+        network, schedule = rebuild(content)
+    except Exception as error:  # a file may say anything
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+        raise ValueError(f"{path}: its entries do not fit together, the file is damaged ({reason}); use another one") from error
     return network.to(device).eval(), schedule, content
+
+
+def rebuild(content: dict) -> tuple[UNet, NoiseSchedule]:
+    """What the file describes, if it works."""
+    with torch.device("meta"):  # shapes only: neither memory nor time for weights that those of the file replace
+        network = UNet(**content["network"])
+    network.load_state_dict(content.pop("weights"), assign=True)
+    network = network.float()
+    if not all(w.isfinite().all() for w in network.parameters()):
+        raise ValueError("some weights are no finite numbers")
+    size, channels, name, T = content["size"], content["channels"], content["schedule"]["name"], content["schedule"]["T"]
+    check_number("size", size, 1, 10_000)
+    check_number("T", T, 1, 100_000)
+    network.check_size(size, size)
+    with torch.no_grad():  # one small picture: what could go wrong later goes wrong now
+        x = torch.zeros(1, channels, network.factor, network.factor)
+        if network(x, torch.zeros(1, dtype=torch.long)).shape != x.shape:
+            raise ValueError("what the network predicts has another shape than the picture")
+    return network, SCHEDULES[name](T)
 
 
 def find_model(name: str | Path) -> Path:
@@ -59,6 +79,8 @@ def find_model(name: str | Path) -> Path:
         return Path(name)
     if str(name) in ready:
         return ready[str(name)]
+    if Path(name).is_dir():
+        raise ValueError(f"--model {name}: expected a file, this is a folder; is it {Path(name) / 'model.pt'}?")
     near = difflib.get_close_matches(str(name), ready, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"--model {name}: no such file and no ready model; {hint}ready models: {', '.join(ready) or 'none'}")
@@ -68,9 +90,20 @@ def read(path: Path) -> object:
     """torch.load, without executing anything that a file may contain (weights_only)."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):
         raise
-    except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever its bytes lead to
         raise ValueError(
             f"{path}: expected a file that torch.save wrote whole; this one is damaged or of another kind"
         ) from error
+
+
+def write(path: Path, content: object) -> None:
+    """torch.save, all or nothing."""
+    try:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if "inline_container" in str(error) or "failed writing" in str(error):  # how PyTorch's zip writer says it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise

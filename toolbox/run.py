@@ -2,23 +2,32 @@
 
 Everything random in step k comes from a generator seeded by (seed, k). So nothing random has to be saved, a run that
 was killed goes on bit by bit as if it had not been, and drawing pictures along the way disturbs nothing.
+
+A batch may be shared by several processes (`torchrun --nproc_per_node=2 train.py`), and worked on in several parts
+(`--accumulate 2`) where it does not fit into memory. Each draws what is random for the whole batch and takes its share:
+so however many they are, they learn from the same pictures and the same noise.
 """
 
 import copy
+import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from toolbox.data import Data, from_bytes
-from toolbox.files import whole_file
-from toolbox.models import read, save_model
+from toolbox.files import check_number, check_writable, whole_file
+from toolbox.models import read, save_model, write
 
 LEARNING_RATE = 1e-3
 WARM_UP = 50  # steps: AdamW's averages of the gradient are young, so the first steps are small
@@ -26,23 +35,68 @@ CLIP = 1.0  # the longest gradient that is believed
 PICTURES = 5  # how often a run shows what it has learned
 SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
 
+RANK = int(os.environ.get("RANK", 0))  # torchrun numbers its processes; the first one speaks and writes for all
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def all_processes() -> Iterator[None]:
+    """In here the processes that torchrun has started can talk to each other. One process alone needs nothing."""
+    if PROCESSES == 1:
+        yield
+        return
+    dist.init_process_group(timeout=timedelta(days=1))  # gloo for CPUs, NCCL for GPUs; drawing or a download may take long
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
+            yield
+    except SystemExit:  # they have agreed to stop
+        dist.destroy_process_group()
+        raise
+    else:  # but not after an error: the others may still be waiting for something else
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What the first process makes in here, like the cache of the data, the others then find."""
+    if RANK > 0:
+        mean(0)
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            mean(0)
+
+
+def mean(number: float) -> float:
+    """Over all processes, so each waits here for the others."""
+    if PROCESSES == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / PROCESSES
+
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The one asked for, else the first that works: a GPU, Apple's GPU, the processor."""
+    """The one asked for, else the first that works: a GPU, Apple's GPU (for one process), the processor."""
     if name is None:
-        return next(torch.device(name) for name in ("cuda", "mps", "cpu") if works(name) is None)
+        name = next(name for name in ("cuda", "mps", "cpu") if works(name) is None and (name != "mps" or PROCESSES == 1))
+    if name == "cuda" and PROCESSES > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of this machine has its own GPU
     if error := works(name):
         raise ValueError(
             f"--device {name}: this machine has no such device, or PyTorch cannot use it; try --device cpu"
         ) from error
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)
     return torch.device(name)
 
 
 def works(device: str) -> Exception | None:
-    """Why a tensor cannot be made there, if so."""
+    """Why a number cannot be put there and read again, if so."""
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device has its own
         return error
 
 
@@ -55,7 +109,8 @@ class Run:
     """One training in one folder: `for x0 in run.batches(): ...; run.step(loss)`.
 
     card: what model.pt says of the network beside its weights. settings: what else must be the same for a run to go on.
-    steps: how many in all; asking for more goes on with a finished run.
+    steps: how many in all; asking for more goes on with a finished run. accumulate: in how many parts each process works
+    on its share of a batch. It and the number of processes are no settings: a run may go on with others.
     """
 
     def __init__(
@@ -70,15 +125,22 @@ class Run:
         seed: int,
         device: torch.device,
         precision: str | None = None,
+        accumulate: int = 1,
     ):
-        for name, number in (("--steps", steps), ("--batch", batch)):
-            if number < 1:
-                raise ValueError(f"{name} {number}: expected 1 or more")
+        for flag, number in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate)):
+            check_number(flag, number, 1)
+        if batch % (PROCESSES * accumulate):
+            raise ValueError(
+                f"--batch {batch}: expected a multiple of {PROCESSES * accumulate}, for even shares "
+                f"(processes: {PROCESSES}, parts by --accumulate: {accumulate}); change one of them"
+            )
         self.folder, self.data, self.card, self.settings = folder, data, card, settings | {"batch": batch, "seed": seed}
         self.steps, self.batch, self.seed, self.device, self.precision = steps, batch, seed, device, precision
         self.k = self.saved_k = 0  # training steps done; and of the last checkpoint
         self.history: list[tuple[int, float]] = []  # (step, mean loss since the entry before)
         self.recent: list[float] = []
+        self.parts, self.share = accumulate, batch // (PROCESSES * accumulate)  # a process's parts, and the pictures in each
+        self.last_part, self.loss = True, 0.0  # of the step's parts; and their mean so far
         self.stop_asked = False
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # on CPUs it slows GroupNorm
         self.network = network.to(device, memory_format=layout)
@@ -86,53 +148,73 @@ class Run:
         fused = device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=fused)
         self.resume()
+        self.parallel = DistributedDataParallel(self.network) if PROCESSES > 1 else self.network
 
     # ---- the training's own numbers -------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Tensor]:
-        """A batch (B, C, H, W) in [-1, 1] for each step that is left: pictures drawn at random, half of them mirrored if allowed."""
-        previous = signal.signal(signal.SIGINT, self.ask_to_stop)
+        """A batch (B, C, H, W) in [-1, 1] for each step that is left, or this process's share of it, part by part.
+
+        The pictures are drawn at random, half of them mirrored if allowed.
+        """
+        previous = {number: signal.signal(number, self.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.saved_at = time.monotonic()
-        self.bar = tqdm(total=self.steps * self.batch, initial=self.k * self.batch, unit="img", unit_scale=True, smoothing=0.05)
+        images = {"total": self.steps * self.batch, "initial": self.k * self.batch, "unit": "img", "unit_scale": True}
+        self.bar = tqdm(**images, smoothing=0.05, disable=RANK > 0)
         try:
-            while self.k < self.steps and not self.stop_asked:
-                self.generator = generator_for(self.seed, self.k)
-                chosen = torch.randint(len(self.data.images), (self.batch,), generator=self.generator)
-                mirrored = (torch.rand(self.batch, generator=self.generator) < 0.5) & self.data.mirror
-                x0 = from_bytes(self.data.images[chosen])
-                yield torch.where(mirrored[:, None, None, None], x0.flip(-1), x0).to(self.device)
+            while self.k < self.steps and not mean(self.stop_asked):  # one that is asked stops all, after the same step
+                for part in range(self.parts):
+                    self.first = (RANK * self.parts + part) * self.share
+                    self.last_part = part == self.parts - 1
+                    self.parallel.require_backward_grad_sync = self.last_part  # the processes exchange gradients once a step
+                    self.generator = generator_for(self.seed, self.k)
+                    chosen = self.mine(torch.randint(len(self.data.images), (self.batch,), generator=self.generator))
+                    mirrored = self.mine(torch.rand(self.batch, generator=self.generator) < 0.5) & self.data.mirror
+                    x0 = from_bytes(self.data.images[chosen])
+                    yield torch.where(mirrored[:, None, None, None], x0.flip(-1), x0).to(self.device)
         finally:
             self.bar.close()
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         if self.k > self.saved_k:
             self.save()
         if self.k < self.steps:
-            print(f"stopped and saved after step {self.k} of {self.steps}: the same command goes on from here")
+            print(f"stopped and saved after step {self.k} of {self.steps}: the same command goes on from here", flush=True)
+        mean(0)  # torchrun ends all when one has left, so nobody leaves before the first one has saved
+        if self.k < self.steps:
             sys.exit(130)
+
+    def mine(self, batch: Tensor) -> Tensor:
+        """Of what was drawn for the whole batch, this part of this process."""
+        return batch[self.first : self.first + self.share]
 
     def randint(self, high: int) -> Tensor:
         """For each image a whole number, 0 .. high - 1, uniformly: (B,) long."""
-        return torch.randint(high, (self.batch,), generator=self.generator).to(self.device)
+        return self.mine(torch.randint(high, (self.batch,), generator=self.generator)).to(self.device)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape."""
-        return torch.randn(x.shape, generator=self.generator).to(self.device)
+        return self.mine(torch.randn(self.batch, *x.shape[1:], generator=self.generator)).to(self.device)
 
     # ---- one step of learning -------------------------------------------------------------------------------------
 
     def step(self, loss: Tensor) -> None:
-        """Backward, clip, AdamW, average; then progress, and a checkpoint when one is due."""
+        """Backward; after the last part clip, AdamW, average; then progress, and a checkpoint when one is due."""
+        (loss / self.parts).backward()  # gradients add up; DistributedDataParallel takes the processes' mean
+        self.loss += loss.detach() / self.parts
+        if not self.last_part:
+            return
+        loss, self.loss = mean(self.loss.item()), 0.0
         for group in self.optimizer.param_groups:  # up in WARM_UP steps, then down to 0 at the end: the last steps only polish
             group["lr"] = LEARNING_RATE * min((self.k + 1) / WARM_UP, 1 - self.k / self.steps)
-        self.optimizer.zero_grad()
-        loss.backward()
         length = nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
         if not torch.isfinite(loss + length):
-            self.stop_broken(loss.item(), length.item())
+            self.stop_broken(loss, length.item())
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.k += 1
         self.average()
-        self.note(loss.item())
+        self.note(loss)
         if time.monotonic() - self.saved_at > SAVE_EVERY:
             self.save()
 
@@ -157,8 +239,9 @@ class Run:
     # ---- looking ----------------------------------------------------------------------------------------------------
 
     def pictures_due(self) -> bool:
-        """A few times in a run, and at its end."""
-        return self.k % -(-self.steps // PICTURES) == 0 or self.k == self.steps
+        """A few times in a run, and at its end; never in the middle of a step, and only in the first process."""
+        wanted = self.k % -(-self.steps // PICTURES) == 0 or self.k == self.steps
+        return wanted and self.last_part and RANK == 0
 
     def pictures(self, n: int) -> Tensor:
         """The first n of the data, (n, C, H, W) in [-1, 1]."""
@@ -168,22 +251,23 @@ class Run:
 
     def announce(self) -> None:
         """Time a step in float32 and in bfloat16, take the faster one, and say what is going to happen."""
-        seconds = {p: self.time_step(p) for p in ([self.precision] if self.precision else ["float32", "bfloat16"])}
+        seconds = {p: mean(self.time_step(p)) for p in ([self.precision] if self.precision else ["float32", "bfloat16"])}
         self.precision = min(seconds, key=seconds.get)
         timed = ", ".join(f"{precision} {s:.2f} s" for precision, s in seconds.items())
         images, minutes = self.data.images, (self.steps - self.k) * seconds[self.precision] / 60
         print(f"data      {self.data.name}: {len(images):,} pictures of {'x'.join(map(str, images.shape[1:]))}")
         print(f"network   {sum(p.numel() for p in self.network.parameters()) / 1e6:.1f} million parameters")
-        print(f"device    {self.device}, {self.precision} (a step takes: {timed})")
+        shared = f" x {PROCESSES} processes" * (PROCESSES > 1) + f", a batch in {self.parts} parts" * (self.parts > 1)
+        print(f"device    {self.device}{shared}, {self.precision} (a step takes: {timed})")
         print(f"training  steps {self.k} to {self.steps} with {self.batch} pictures each: about {minutes:.0f} minutes")
         print(f"folder    {self.folder}", flush=True)
         if self.device.type == "cuda" and sys.platform == "linux" and minutes > 5:
-            self.network.compile()  # costs a minute or two once, so only a longer run gains
+            self.network.compile()  # costs a minute or two once, so only a longer run gains; inside DistributedDataParallel
 
     def time_step(self, precision: str) -> float:
         """Seconds for the network forward and backward, the best of three: the first ones also look for memory."""
-        x = torch.zeros(self.batch, *self.data.images.shape[1:], device=self.device)
-        t = torch.zeros(self.batch, dtype=torch.long, device=self.device)
+        x = torch.zeros(self.share, *self.data.images.shape[1:], device=self.device)
+        t = torch.zeros(self.share, dtype=torch.long, device=self.device)
         seconds = []
         try:
             for _ in range(3):
@@ -198,10 +282,11 @@ class Run:
             return float("inf")
         finally:
             self.network.zero_grad()
-        return min(seconds)
+        return min(seconds) * self.parts
 
     def fast(self, network: nn.Module, precision: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """The same function in the run's precision."""
+        """The same function in the run's precision; the network that learns, together with those of the other processes."""
+        network = self.parallel if network is self.network else network
         bfloat16 = (precision or self.precision) == "bfloat16"
 
         def predict_noise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -221,6 +306,8 @@ class Run:
             self.bar.set_postfix(loss=f"{self.history[-1][1]:.4f}", step=self.k)
 
     def save(self) -> None:
+        if RANK > 0:
+            return
         content = {
             "settings": self.card | self.settings,
             "precision": self.precision,
@@ -234,23 +321,26 @@ class Run:
         save_model(self.folder / "model.pt", self.averaged, self.card)
         with whole_file(self.folder / "log.csv") as temporary:
             temporary.write_text("step,loss\n" + "".join(f"{k},{loss:.6f}\n" for k, loss in self.history))
-        with whole_file(self.folder / "resume.pt") as temporary:  # last: when it says "done", all is there
-            torch.save(content, temporary)
+        write(self.folder / "resume.pt", content)  # last: when it says "done", all is there
         self.saved_at, self.saved_k = time.monotonic(), self.k
 
     def resume(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
+        if RANK == 0:
+            check_writable(self.folder / "log.csv")
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
         path = self.folder / "resume.pt"
         if not path.exists():
             return
-        content = read(path)
-        if not isinstance(content, dict) or "settings" not in content:
-            raise ValueError(
-                f"{path}: expected a checkpoint of this project, this is a file of another kind; use another --out"
-            )
-        before = content["settings"] | {"precision": content["precision"]}
+        damaged = (
+            f"{path}: this file is damaged or of another kind, no run can go on from it; "
+            f"use another --out, with --model {self.folder / 'model.pt'} to begin from its weights"
+        )
+        try:
+            content = read(path)
+            before = content["settings"] | {"precision": content["precision"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(damaged) from error
         now = self.card | self.settings | {"precision": self.precision or content["precision"]}
         for name in before | now:
             if before.get(name) != now.get(name):
@@ -258,11 +348,14 @@ class Run:
                     f"{self.folder} holds a run with {name} = {before.get(name)}, and now it is {now.get(name)}: "
                     f"use another --out for a new run, or the same settings to go on with that one"
                 )
-        self.network.load_state_dict(content["network"])
-        self.averaged.load_state_dict(content["averaged"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.precision, self.history, self.recent = content["precision"], content["history"], content["recent"]
-        self.k = self.saved_k = content["k"]
+        try:
+            self.network.load_state_dict(content["network"])
+            self.averaged.load_state_dict(content["averaged"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.precision, self.history, self.recent = content["precision"], content["history"], content["recent"]
+            self.k = self.saved_k = content["k"]
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(damaged) from error
 
     def ask_to_stop(self, *_: object) -> None:
         self.stop_asked = True
