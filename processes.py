@@ -56,6 +56,20 @@ def add_noise(x0: Tensor, t: Tensor, schedule: NoiseSchedule, noise: Tensor | No
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise  # math.md (3)
 
 
+def v_to_noise(network: Callable[..., Tensor], schedule: NoiseSchedule) -> Callable[..., Tensor]:
+    """A predict_noise whose network answers v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, app. D).
+
+    In nearly pure noise the answer is nearly x_t: here it passes by the network, which would copy it with small errors that
+    are large beside what is left of the picture. math.md (11)
+    """
+
+    def predict_noise(x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
+        alpha_bar = schedule.alpha_bar.to(x_t)[t].view(-1, *[1] * (x_t.ndim - 1))
+        return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * network(x_t, t, *context)  # math.md (11)
+
+    return predict_noise
+
+
 # What to pass to `sample`, and what one gets (network calls: `steps`):
 #
 #   DDPM    steps=1000  eta=1   every step of the chain, fresh noise after each        (Ho et al. 2020, Algorithm 2)

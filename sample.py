@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import randn, sample, strides
+from processes import randn, sample, strides, v_to_noise
 from toolbox.files import check_number, check_writable, errors_in_one_sentence
-from toolbox.models import load_model
+from toolbox.models import default_model, load_model
 from toolbox.pictures import grid, save, save_gif, save_grid, to_image
 from toolbox.run import pick_device
 
-OWN = Path("runs/cats/model.pt")
 CHUNK = 32  # pictures that go through the network together: on a CPU more of them leave its cache
 
 
@@ -41,9 +40,10 @@ def main() -> None:
     if args.gif and args.gif.suffix.lower() != ".gif":
         raise ValueError(f"--gif {args.gif}: expected a name that ends in .gif")
 
-    model = args.model or (OWN if OWN.exists() else "cats")
+    model = args.model or default_model()
     device = pick_device(args.device)
     network, schedule, about = load_model(model, device)
+    predict_noise = v_to_noise(network, schedule)
     shape = (about["channels"], about["size"], about["size"])
     check_writable(args.out if args.out.suffix else args.out / f"{args.seed:06}.png")
     if args.gif:
@@ -64,7 +64,7 @@ def main() -> None:
         seeds = range(first, min(first + CHUNK, args.seed + args.n))
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # each picture has its own noise, so that
         noise = randn((len(seeds), *shape), generators, device=device)  # it is the same one whatever stands beside it
-        x0 = sample(network, noise, schedule, args.steps, args.eta, clip=True, generator=generators, on_step=on_step)
+        x0 = sample(predict_noise, noise, schedule, args.steps, args.eta, clip=True, generator=generators, on_step=on_step)
         pictures.append(x0.cpu())
     bar.close()
     pictures = torch.cat(pictures)

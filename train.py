@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from processes import NoiseSchedule, add_noise, randn, sample
+from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
 from toolbox.data import SIZES, load_data
 from toolbox.files import check_number, errors_in_one_sentence
 from toolbox.models import card, load_model
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
     parser.add_argument("--steps", type=int, default=1900, help="training steps in all; more go on with a finished run")
     parser.add_argument("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
-    parser.add_argument("--batch", type=int, default=32, help="pictures in a step, of all processes together")
+    parser.add_argument("--batch", type=int, default=16, help="pictures in a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="work on a batch in so many parts; each needs less memory")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
@@ -67,7 +67,7 @@ def main() -> None:
         return
     run.announce()
 
-    predict_noise = run.fast(run.network)
+    predict_noise = v_to_noise(run.fast(run.network), schedule)
     for x0 in run.batches():
         t = run.randint(schedule.T)  # a time step for each picture, all equally likely
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
@@ -79,7 +79,7 @@ def main() -> None:
 
 def show(run: Run, schedule: NoiseSchedule) -> None:
     """What the averaged network makes of 36 pieces of noise, always the same ones, and where its loss comes from."""
-    predict_noise = run.fast(run.averaged)
+    predict_noise = v_to_noise(run.fast(run.averaged), schedule)
     generators = [torch.Generator().manual_seed(i) for i in range(36)]
     noise = randn((36, *run.data.images.shape[1:]), generators, device=run.device)
     save_grid(sample(predict_noise, noise, schedule, clip=True, generator=generators), run.folder / f"samples-{run.k:06}.png")

@@ -14,53 +14,42 @@ from torch import Tensor
 
 # Red, green, blue in 0 .. 1. Each fur has a second colour, of its stripes and patches, that stands out against it.
 FUR = {
-    "black": (0.16, 0.16, 0.20),
-    "grey": (0.54, 0.58, 0.66),
+    "black": (0.13, 0.13, 0.17),
+    "grey": (0.55, 0.60, 0.68),
     "white": (0.97, 0.96, 0.94),
-    "cream": (0.98, 0.84, 0.60),
-    "orange": (0.96, 0.57, 0.14),
-    "brown": (0.53, 0.33, 0.18),
+    "orange": (0.96, 0.57, 0.12),
 }
 SECOND = {
-    "black": (0.56, 0.55, 0.60),
-    "grey": (0.22, 0.24, 0.31),
-    "white": (0.48, 0.48, 0.55),
-    "cream": (0.70, 0.42, 0.18),
+    "black": (0.55, 0.31, 0.13),
+    "grey": (0.23, 0.25, 0.33),
+    "white": (0.82, 0.55, 0.30),
     "orange": (0.56, 0.21, 0.03),
-    "brown": (0.18, 0.09, 0.05),
 }
 PATTERN = ("plain", "tabby", "tuxedo", "patched")
-EYES = {"green": (0.45, 0.88, 0.30), "blue": (0.25, 0.66, 1.00), "yellow": (1.00, 0.84, 0.10)}
+EYES = {"green": (0.40, 0.88, 0.30), "blue": (0.25, 0.66, 1.00), "yellow": (1.00, 0.84, 0.10)}
 BACKGROUND = {
-    "blue": (0.45, 0.68, 0.88),
-    "green": (0.56, 0.78, 0.52),
-    "pink": (0.96, 0.66, 0.74),
-    "yellow": (0.97, 0.87, 0.45),
-    "purple": (0.66, 0.56, 0.84),
+    "blue": (0.36, 0.60, 0.92),
+    "green": (0.46, 0.80, 0.44),
+    "pink": (0.96, 0.58, 0.72),
+    "yellow": (0.98, 0.88, 0.38),
 }
 ATTRIBUTES = {"fur": tuple(FUR), "pattern": PATTERN, "eyes": tuple(EYES), "background": tuple(BACKGROUND)}
-INVISIBLE = {("white", "tuxedo"), ("cream", "tuxedo")}  # a white bib cannot be seen on these furs
+INVISIBLE = {("white", "tuxedo")}  # a white bib cannot be seen on white fur
 WHITE, PINK, DARK = (0.98, 0.97, 0.95), (0.93, 0.56, 0.58), (0.10, 0.08, 0.10)
 
 # What varies from cat to cat beside its attributes: name -> (lowest, highest), drawn uniformly.
 FREE = {
-    "x": (-0.08, 0.08),
-    "y": (-0.05, 0.07),
-    "scale": (0.94, 1.08),
-    "tilt": (-0.13, 0.13),  # radians
-    "ear_width": (0.92, 1.08),
-    "ear_height": (0.40, 0.56),
-    "cheeks": (0.0, 1.0),
-    "eye_size": (0.170, 0.195),
-    "eye_open": (0.85, 1.0),
-    "eye_gap": (0.25, 0.28),
+    "x": (-0.07, 0.07),
+    "y": (-0.04, 0.07),
+    "scale": (0.95, 1.05),
+    "tilt": (-0.08, 0.08),  # radians
+    "ear_height": (0.43, 0.54),
     "gaze": (-0.04, 0.04),
-    "pupil": (0.30, 0.50),  # its width, of the iris'
     "tail_side": (-1.0, 1.0),
-    "tail_curl": (0.5, 1.5),
+    "tail_curl": (0.7, 1.3),
     "patch_side": (-1.0, 1.0),
     "fur_light": (0.97, 1.03),
-    "background_light": (0.98, 1.02),
+    "background_light": (0.97, 1.03),
 }
 
 
@@ -155,11 +144,11 @@ def render(cats: list[dict], size: int) -> Tensor:
     paint(inside * patched * cover(ellipse(patch_x + 0.30, y - 0.72, 0.30, 0.30)), second)
 
     # Ears and head.
-    width, height = free["ear_width"], free["ear_height"]
-    inside = shape(triangle(side, y, (0.10, -0.42), (0.50 * width, -0.38 - height), (0.60, -0.10)) - 0.03, fur)
+    height = free["ear_height"]
+    inside = shape(triangle(side, y, (0.10, -0.42), (0.50, -0.38 - height), (0.60, -0.10)) - 0.03, fur)
     paint(inside * patched * cover(-patch_x), second)
-    paint(cover(triangle(side, y, (0.26, -0.36), (0.48 * width, -0.28 - height), (0.52, -0.2))), PINK)
-    head = torch.minimum(ellipse(x, y + 0.08, 0.62, 0.48), ellipse(x, y - 0.06, 0.62 + 0.08 * free["cheeks"], 0.32))
+    paint(cover(triangle(side, y, (0.26, -0.36), (0.48, -0.28 - height), (0.52, -0.2))), PINK)
+    head = torch.minimum(ellipse(x, y + 0.08, 0.62, 0.48), ellipse(x, y - 0.06, 0.66, 0.32))
     inside = shape(head, fur)
     forehead = cover(y + 0.30) * cover(torch.minimum(side - 0.055, (side - 0.21).abs() - 0.05))
     cheek = cover(0.48 - side) * cover(((y - 0.10).abs() - 0.09).abs() - 0.04)
@@ -169,20 +158,20 @@ def render(cats: list[dict], size: int) -> Tensor:
     paint(inside * tuxedo * cover(blaze), WHITE)
 
     # Face: eyes with iris, pupil and glint; mouth, nose, whiskers.
-    across, open_ = free["eye_size"], free["eye_size"] * free["eye_open"]
-    eye_x, eye_y = side - free["eye_gap"], y + 0.07
-    paint(cover(ellipse(eye_x, eye_y, across + 0.035, open_ + 0.035)), DARK)
-    inside = cover(ellipse(eye_x, eye_y, across, open_))
+    across = 0.19
+    eye_x, eye_y = side - 0.265, y + 0.07
+    paint(cover(torch.hypot(eye_x, eye_y) - across - 0.035), DARK)
+    inside = cover(torch.hypot(eye_x, eye_y) - across)
     paint(inside, colours(EYES, cats, "eyes"))
-    look_x = x - x.sign() * free["eye_gap"] - free["gaze"]  # both eyes look the same way, so not mirrored
-    paint(inside * cover(ellipse(look_x, eye_y, across * free["pupil"], across * 0.9)), DARK)
-    paint(inside * cover(ellipse(look_x + 0.05, eye_y + 0.06, 0.045, 0.045)), WHITE)
-    lips = arc(side - 0.07, y - 0.24, 0.07, math.pi / 2 - 1.3, length=2.6, width=0.014)
-    paint(cover(torch.minimum(lips, line(x, y, (0.0, 0.18), (0.0, 0.24), width=0.012))), ink)
+    look_x = x - x.sign() * 0.265 - free["gaze"]  # both eyes look the same way, so not mirrored
+    paint(inside * cover(ellipse(look_x, eye_y, across * 0.42, across * 0.9)), DARK)
+    paint(inside * cover(ellipse(look_x + 0.05, eye_y + 0.06, 0.05, 0.05)), WHITE)
+    lips = arc(side - 0.07, y - 0.24, 0.07, math.pi / 2 - 1.3, length=2.6, width=0.02)
+    paint(cover(torch.minimum(lips, line(x, y, (0.0, 0.18), (0.0, 0.24), width=0.02))), ink)
     paint(cover(triangle(side, y, (-0.1, 0.12), (0.085, 0.12), (0.0, 0.21)) - 0.012), PINK)
     upper, lower = (
-        line(side, y, (0.46, 0.18), (0.84, 0.13), width=0.011),
-        line(side, y, (0.46, 0.25), (0.82, 0.31), width=0.011),
+        line(side, y, (0.46, 0.18), (0.84, 0.13), width=0.018),
+        line(side, y, (0.46, 0.25), (0.82, 0.31), width=0.018),
     )
     paint(cover(torch.minimum(upper, lower)), WHITE)
     return (canvas.clamp(0, 1) * 2 - 1).permute(0, 3, 1, 2).contiguous()

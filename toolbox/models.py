@@ -14,7 +14,8 @@ from processes import NoiseSchedule
 from toolbox.files import check_number, whole_file
 from unet import UNet
 
-FORMAT = 1
+FORMAT = 2  # 1 predicted the noise itself, 2 predicts v
+OWN = Path("runs/cats/model.pt")  # of `python train.py`
 READY = Path(__file__).parent.parent / "models"  # NAME.pt in there can be asked for as NAME
 SCHEDULES = {make.__name__: make for make in (NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine)}
 
@@ -71,6 +72,10 @@ def rebuild(content: dict) -> tuple[UNet, NoiseSchedule]:
         if network(x, torch.zeros(1, dtype=torch.long)).shape != x.shape:
             raise ValueError("what the network predicts has another shape than the picture")
     return network, SCHEDULES[name](T)
+
+
+def default_model() -> str | Path:
+    return OWN if OWN.exists() else "cats"
 
 
 def find_model(name: str | Path) -> Path:

@@ -78,3 +78,22 @@ def loss_by_level(
             x_t, noise = add_noise(x0, t, schedule, noise)
             result[level] = F.mse_loss(predict_noise(x_t, t), noise).item()
     return result
+
+
+def plot_evaluation(levels: dict[int, float], linear: dict[int, float], samples: Tensor, copies: Tensor, path: Path) -> None:
+    """Left: the loss by noise level, beside the best linear denoiser's. Right: samples, below each its nearest picture."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained", width_ratios=(1, 2))
+    left.plot(list(linear), list(linear.values()), label="the best linear denoiser")
+    left.plot(list(levels), list(levels.values()), marker="o", markersize=3, label="this network")
+    left.set(
+        xlabel="time step t: little noise ... only noise", ylabel="mean squared error", yscale="log", title="held-out pictures"
+    )
+    left.grid(alpha=0.3)
+    left.legend()
+    rows = torch.cat([torch.cat(pair) for pair in list(zip(samples.split(12), copies.split(12), strict=True))[:2]])
+    right.imshow(to_image(make_grid(rows, nrow=min(12, len(samples)), padding=2, pad_value=1.0)), cmap="gray")
+    right.set(title="samples, and below each one the nearest training picture")
+    right.axis("off")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)

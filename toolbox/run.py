@@ -9,13 +9,14 @@ so however many they are, they learn from the same pictures and the same noise.
 """
 
 import copy
+import ctypes
 import os
 import random
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from tqdm import tqdm
 from toolbox.data import Data, from_bytes
 from toolbox.files import check_number, check_writable, whole_file
 from toolbox.models import read, save_model, write
+from toolbox.muon import Muon
 
-LEARNING_RATE = 1e-3
-WARM_UP = 50  # steps: AdamW's averages of the gradient are young, so the first steps are small
+LEARNING_RATE = 2e-3
+WARM_UP = 50  # steps: the optimizers' averages of the gradient are young, so the first steps are small
 CLIP = 1.0  # the longest gradient that is believed
 PICTURES = 5  # how often a run shows what it has learned
 SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
@@ -100,6 +102,14 @@ def works(device: str) -> Exception | None:
         return error
 
 
+def keep_memory() -> None:
+    """Linux' C library gives each large block back to the system, which must then clear it anew, hundreds of times a step."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # another C library than glibc
+            for name, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
+                ctypes.CDLL(None).mallopt(name, value)
+
+
 def generator_for(seed: int, k: int) -> torch.Generator:
     """Of step k, or of picture k. The two numbers are mixed: PyTorch's CPU generator looks at 32 bits of its seed only."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {k}").getrandbits(32))
@@ -145,8 +155,11 @@ class Run:
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # on CPUs it slows GroupNorm
         self.network = network.to(device, memory_format=layout)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False).eval()
-        fused = device.type in ("cpu", "cuda")  # one pass over the weights instead of ten
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=fused)
+        matrices = [w for w in self.network.parameters() if w.ndim > 1]
+        vectors = [w for w in self.network.parameters() if w.ndim == 1]
+        adamw = torch.optim.AdamW(vectors, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+        self.optimizers = [Muon(matrices, lr=LEARNING_RATE), adamw]
+        keep_memory()
         self.resume()
         self.parallel = DistributedDataParallel(self.network) if PROCESSES > 1 else self.network
 
@@ -199,19 +212,20 @@ class Run:
     # ---- one step of learning -------------------------------------------------------------------------------------
 
     def step(self, loss: Tensor) -> None:
-        """Backward; after the last part clip, AdamW, average; then progress, and a checkpoint when one is due."""
+        """Backward; after the last part clip, learn, average; then progress, and a checkpoint when one is due."""
         (loss / self.parts).backward()  # gradients add up; DistributedDataParallel takes the processes' mean
         self.loss += loss.detach() / self.parts
         if not self.last_part:
             return
         loss, self.loss = mean(self.loss.item()), 0.0
-        for group in self.optimizer.param_groups:  # up in WARM_UP steps, then down to 0 at the end: the last steps only polish
-            group["lr"] = LEARNING_RATE * min((self.k + 1) / WARM_UP, 1 - self.k / self.steps)
         length = nn.utils.clip_grad_norm_(self.network.parameters(), CLIP)
         if not torch.isfinite(loss + length):
             self.stop_broken(loss, length.item())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:  # up in WARM_UP steps, then down to 0: the last steps only polish
+                group["lr"] = LEARNING_RATE * min((self.k + 1) / WARM_UP, 1 - self.k / self.steps)
+            optimizer.step()
+            optimizer.zero_grad()
         self.k += 1
         self.average()
         self.note(loss)
@@ -316,7 +330,7 @@ class Run:
             "recent": self.recent,
             "network": self.network.state_dict(),
             "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         save_model(self.folder / "model.pt", self.averaged, self.card)
         with whole_file(self.folder / "log.csv") as temporary:
@@ -351,7 +365,8 @@ class Run:
         try:
             self.network.load_state_dict(content["network"])
             self.averaged.load_state_dict(content["averaged"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             self.precision, self.history, self.recent = content["precision"], content["history"], content["recent"]
             self.k = self.saved_k = content["k"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
