@@ -39,17 +39,17 @@ WHITE, PINK, DARK = (0.98, 0.97, 0.95), (0.93, 0.56, 0.58), (0.10, 0.08, 0.10)
 
 # What varies from cat to cat beside its attributes: name -> (lowest, highest), drawn uniformly.
 FREE = {
-    "x": (-0.07, 0.07),
-    "y": (-0.04, 0.07),
-    "scale": (0.95, 1.05),
-    "tilt": (-0.08, 0.08),  # radians
+    "x": (-0.16, 0.16),
+    "y": (-0.08, 0.16),
+    "scale": (0.88, 0.98),
+    "tilt": (-0.12, 0.12),  # radians
     "ear_height": (0.43, 0.54),
     "gaze": (-0.04, 0.04),
     "tail_side": (-1.0, 1.0),
     "tail_curl": (0.7, 1.3),
     "patch_side": (-1.0, 1.0),
-    "fur_light": (0.97, 1.03),
-    "background_light": (0.97, 1.03),
+    "fur_light": (0.95, 1.05),
+    "background_light": (0.95, 1.05),
 }
 
 

@@ -18,7 +18,7 @@ from toolbox.files import whole_file
 from toolbox.models import READY, read
 
 FEATURES = 128
-DAMAGES = ("none", "jpeg", "moved", "lines")
+DAMAGES = ("none", "jpeg", "moved", "pasted", "lines", "faded")
 SURE = 0.9  # the probability from which on an answer counts
 NEIGHBOUR = 5  # the k of "k-th nearest"
 KNOWN = 8192  # at most so many real pictures are compared with
@@ -43,12 +43,12 @@ class FeatureNet(nn.Module):
             return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
 
         self.body = nn.Sequential(
-            conv(channels, 32), conv(32, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2), conv(128, FEATURES)
+            conv(channels, 32), conv(32, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2), conv(128, FEATURES // 2)
         )
         self.heads = nn.Linear(FEATURES, sum(answers.values()))
 
     def features(self, x: Tensor) -> Tensor:
-        return self.body(x).mean((2, 3))  # (B, 128)
+        return F.adaptive_avg_pool2d(self.body(x), (1, 2)).flatten(1)  # 64 of the left half, 64 of the right: (B, 128)
 
     def answers(self, features: Tensor) -> dict[str, Tensor]:
         scores = self.heads(features).split(list(self.config["answers"].values()), dim=1)
@@ -88,6 +88,7 @@ def train_feature_net(data: Data, steps: int = 600, batch: int = 128) -> Feature
     large shapes only, since nothing else tells a class.
     """
     questions = {name: len(values) for name, values in data.classes.items()} or {"turned": 4}
+    alike = same_labels(data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = FeatureNet(data.channels, questions | {"damage": len(DAMAGES)})
@@ -97,13 +98,14 @@ def train_feature_net(data: Data, steps: int = 600, batch: int = 128) -> Feature
                 group["lr"] = 3e-3 * min((k + 1) / 50, 1 - k / steps)
             chosen = torch.randint(len(data.images), (batch,))
             x = from_bytes(data.images[chosen])
+            others = from_bytes(data.images[[alike(int(i)) for i in chosen]])
             if data.classes:
                 right = dict(zip(data.classes, data.labels[chosen].T, strict=True))
             else:
                 right = {"turned": torch.randint(4, (batch,))}
                 x = torch.stack([picture.rot90(int(turns), (1, 2)) for picture, turns in zip(x, right["turned"], strict=True)])
             right["damage"] = (torch.rand(batch) < 0.5) * torch.randint(1, len(DAMAGES), (batch,))
-            x = torch.stack([damage(picture, DAMAGES[int(kind)]) for picture, kind in zip(x, right["damage"], strict=True)])
+            x = torch.stack([damage(p, DAMAGES[k], o) for p, k, o in zip(x, right["damage"].tolist(), others, strict=True)])
             with torch.autocast("cpu", torch.bfloat16):
                 scores = network.answers(network.features(x))
             loss = sum(F.cross_entropy(scores[name], right[name]) for name in scores)
@@ -113,24 +115,35 @@ def train_feature_net(data: Data, steps: int = 600, batch: int = 128) -> Feature
     return network.eval()
 
 
-def damage(picture: Tensor, kind: str) -> Tensor:
-    """(C, H, W) -> the same: compressed too much; or a rectangle of it moved by up to 3 pixels; or under faint lines."""
+def same_labels(data: Data) -> Callable[[int], int]:
+    """i -> the index of another picture, drawn at random among those with the labels of picture i."""
+    labels = data.labels if data.classes else torch.zeros(len(data.images), 1)
+    group = labels.unique(dim=0, return_inverse=True)[1]
+    order, sizes = group.argsort(), group.bincount()
+    ends = sizes.cumsum(0)
+    return lambda i: int(order[ends[group[i]] - 1 - torch.randint(int(sizes[group[i]]), ())])
+
+
+def damage(picture: Tensor, kind: str, other: Tensor) -> Tensor:
+    """(C, H, W) -> the same: compressed too much; with a rectangle from elsewhere in it or in another one; lined; paler."""
     size = picture.shape[-1]
     if kind == "jpeg":
         return from_bytes(decode_jpeg(encode_jpeg(to_bytes(picture), quality=int(torch.randint(30, 80, ())))))
-    if kind == "moved":
-        height, width = torch.randint(size // 5, 3 * size // 4 + 1, (2,)).tolist()
+    if kind in ("moved", "pasted"):
+        height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
         top, left = int(torch.randint(size - height + 1, ())), int(torch.randint(size - width + 1, ()))
-        part = (slice(None), slice(top, top + height), slice(left, left + width))
-        far = [(y, x) for y in range(-3, 4) for x in range(-3, 4) if (y, x) != (0, 0)]
+        if kind == "moved":
+            other = picture.roll(torch.randint(1, size, (2,)).tolist(), (1, 2))
         damaged = picture.clone()
-        damaged[part] = picture.roll(far[int(torch.randint(len(far), ()))], (1, 2))[part]
+        damaged[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
         return damaged
     if kind == "lines":
         period = int(torch.randint(2, 5, ()))
         lines = (torch.arange(size) % period < period / 2).float() * 2 - 1
         lines = lines if torch.rand(()) < 0.5 else lines[:, None]
-        return (picture + (0.06 + 0.1 * torch.rand(())) * lines).clamp(-1, 1)
+        return (picture + (0.1 + 0.1 * torch.rand(())) * lines).clamp(-1, 1)
+    if kind == "faded":
+        return picture * (0.75 + 0.15 * torch.rand(()))
     return picture
 
 
