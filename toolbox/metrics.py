@@ -125,7 +125,7 @@ def same_labels(data: Data) -> Callable[[int], int]:
 
 
 def damage(picture: Tensor, kind: str, other: Tensor) -> Tensor:
-    """(C, H, W) -> the same: compressed too much; with a rectangle from elsewhere in it or in another one; lined; paler."""
+    """(C, H, W) -> the same: compressed; with a rectangle from elsewhere in it or from another one; lined; less coloured."""
     size = picture.shape[-1]
     if kind == "jpeg":
         return from_bytes(decode_jpeg(encode_jpeg(to_bytes(picture), quality=int(torch.randint(30, 80, ())))))
@@ -143,7 +143,8 @@ def damage(picture: Tensor, kind: str, other: Tensor) -> Tensor:
         lines = lines if torch.rand(()) < 0.5 else lines[:, None]
         return (picture + (0.1 + 0.1 * torch.rand(())) * lines).clamp(-1, 1)
     if kind == "faded":
-        return picture * (0.75 + 0.15 * torch.rand(()))
+        colourless = picture.mean(0, keepdim=True) if len(picture) == 3 and torch.rand(()) < 0.5 else torch.zeros_like(picture)
+        return picture.lerp(colourless.expand_as(picture), float(0.1 + 0.15 * torch.rand(())))
     return picture
 
 
