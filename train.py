@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of pictures")
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATA); the same command goes on with it")
     parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
-    parser.add_argument("--steps", type=int, default=1900, help="training steps in all; more go on with a finished run")
+    parser.add_argument("--steps", type=int, default=3700, help="training steps in all; more go on with a finished run")
     parser.add_argument("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
     parser.add_argument("--batch", type=int, default=16, help="pictures in a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="work on a batch in so many parts; each needs less memory")
