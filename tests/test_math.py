@@ -5,9 +5,12 @@ import re
 import pytest
 import torch
 from conftest import ROOT
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
-from processes import NoiseSchedule, sample
+from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
+from toolbox.cats import draw
+from toolbox.data import from_bytes, to_bytes
+from toolbox.metrics import LinearDenoiser, frechet_distance, kernel_distance
 
 SCHEDULE = NoiseSchedule.linear(50)
 BETAS = torch.linspace(1e-4, 0.02, 50, dtype=torch.float64)
@@ -95,21 +98,21 @@ def test_the_weight_that_ddpm_drops():
         variance = (1 - ab[t - 1]) / (1 - ab[t]) * betas[t]
         return (betas[t] ** 2 / (2 * variance * (1 - betas[t]) * (1 - ab[t]))).item()
 
-    found = re.search(r"\(([\d.]+) at t = 1 and ([\d.]+) at t = 500 for the linear schedule\)", text())
+    found = re.search(r"\(([\d.]+) at t = 1 and ([\d.]+) at t = 500 for the linear schedule\)", prose())
     assert weight(1) == pytest.approx(float(found[1]), rel=0.1) and weight(500) == pytest.approx(float(found[2]), rel=0.1)
 
 
 def test_the_share_of_fresh_noise_in_the_text():
-    """Section 6: of the noise that is left after a step at eta = 1, sigma^2 / (1 - ab_prev) is fresh; cosine, 50 steps."""
+    """Section 6: of the noise that is left after a step at eta = 1, sigma^2 / (1 - ab_prev) is fresh; cosine, 40 steps."""
     alpha_bar = [*NoiseSchedule.cosine().alpha_bar.tolist(), 1.0]
 
     def fresh(t, t_prev):
         a, a_prev = alpha_bar[t], alpha_bar[t_prev]
         return 100 * (1 - a_prev) / (1 - a) * (1 - a / a_prev) / (1 - a_prev)
 
-    found = re.search(r"(\d+) % in the second, (\d+) % in the middle", text())
-    assert fresh(999, 979) > 99
-    assert fresh(979, 959) == pytest.approx(int(found[1]), abs=0.5) and fresh(499, 479) == pytest.approx(int(found[2]), abs=0.5)
+    found = re.search(r"(\d+) % in the second, (\d+) % in the middle", prose())
+    assert fresh(999, 974) > 99
+    assert fresh(974, 949) == pytest.approx(int(found[1]), abs=0.5) and fresh(499, 474) == pytest.approx(int(found[2]), abs=0.5)
 
 
 def test_the_table_of_schedules_is_true():
@@ -121,8 +124,239 @@ def test_the_table_of_schedules_is_true():
             assert float(cell) == pytest.approx(value.item(), rel=0.03), (name, cell)
 
 
+# ---- near pure noise ------------------------------------------------------------------------------------------------
+
+
+def test_an_error_of_v_is_no_larger_in_the_picture():
+    """math.md (11): v gives the noise; an error of v counts ab times in the loss, and sqrt(1 - ab) times in x0_hat."""
+    schedule = NoiseSchedule.cosine()
+    x0, noise, wrong = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.tensor([0, 500, 974, 999])  # each picture its own
+    ab = schedule.alpha_bar.double()[t].view(4, 1, 1, 1)
+    x_t, _ = add_noise(x0, t, schedule, noise)
+    v = ab.sqrt() * noise - (1 - ab).sqrt() * x0
+    torch.testing.assert_close(v_to_noise(lambda x, t: v, schedule)(x_t, t), noise)
+
+    guess = v_to_noise(lambda x, t: v + wrong, schedule)(x_t, t)
+    torch.testing.assert_close((guess - noise) ** 2, ab * wrong**2)
+    for i in range(4):
+        one = slice(i, i + 1)
+        network = v_to_noise(lambda x, t, one=one: (v + wrong)[one], schedule)
+        x0_hat = sample(network, x_t[one], schedule, timesteps=[(int(t[i]), -1)])
+        torch.testing.assert_close((x0_hat - x0[one]) ** 2, (1 - ab[one]) * wrong[one] ** 2)
+
+
+def test_the_table_of_the_two_trainings_agrees_with_itself():
+    """The errors of x0_hat are those of the noise times sqrt(1 - ab) / sqrt(ab), and alpha_bar is the cosine schedule's."""
+    rows = re.findall(r"^\| (\d{3}) \|(.*)\|$", text(), flags=re.MULTILINE)
+    assert [int(t) for t, _ in rows] == [974, 949, 924, 899]
+    for t, cells in rows:
+        ab = NoiseSchedule.cosine().alpha_bar[int(t)].item()
+        written, direct, by_v, direct_x0, by_v_x0 = map(float, cells.split("|"))
+        assert written == pytest.approx(ab, abs=5e-5)
+        assert direct_x0 == pytest.approx((direct * (1 - ab) / ab) ** 0.5, rel=0.01)
+        assert by_v_x0 == pytest.approx((by_v * (1 - ab) / ab) ** 0.5, rel=0.01)
+
+
+def test_where_the_mean_colour_comes_out_of_the_noise():
+    """Section 6: the noise in it at t = 924, beside its spread over the drawings; and what the mean drawing is off by."""
+    ab = NoiseSchedule.cosine().alpha_bar[924].item()
+    noise = float(re.search(r"([\d.]+) at t = 924, and from", prose())[1])
+    assert ((1 - ab) / ab) ** 0.5 / 32 == pytest.approx(noise, abs=0.005)
+    drawings = draw(512, 32)[0]
+    assert drawings.mean((2, 3)).std(0).mean().item() == pytest.approx(noise, rel=0.2)
+    off = float(re.search(r"mean of all drawings is off by ([\d.]+\d)", prose())[1])
+    assert drawings.std(0).square().mean().sqrt().item() == pytest.approx(off, abs=0.02)
+
+
+# ---- what the best network knows ------------------------------------------------------------------------------------
+
+EYE = torch.eye(2, dtype=torch.float64)
+WIDE = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
+ONE = (torch.ones(1), torch.tensor([[0.5, -0.4]]), WIDE[None])
+TWO = (torch.tensor([0.3, 0.7]), torch.tensor([[-0.8, 0.2], [0.6, -0.3]]), torch.stack([0.1 * EYE, 0.4 * WIDE]))
+
+
+def density(weights, means, covariances):
+    return MixtureSameFamily(Categorical(weights.double()), MultivariateNormal(means.double(), covariances.double()))
+
+
+@pytest.mark.parametrize("t", [5, 20, 49])
+@pytest.mark.parametrize("data", [ONE, TWO], ids=["one normal distribution", "two"])
+def test_the_best_answer_is_the_slope_of_the_log_density(data, t):
+    """math.md (12): the slope by autograd; the mean noise by Bayes on a grid of x0, without any algebra."""
+    weights, means, covariances = data
+    ab, ab_prev, beta = ALPHA_BAR[t], ALPHA_BAR[t - 1], BETAS[t]
+    x_t = torch.tensor([[0.3, 0.1], [-1.0, 0.7], [0.9, -1.2]], dtype=torch.float64, requires_grad=True)
+    noised = density(weights, ab.sqrt() * means, ab * covariances + (1 - ab) * EYE)
+    (slope,) = torch.autograd.grad(noised.log_prob(x_t).sum(), x_t)
+    x_t = x_t.detach()
+
+    x0 = torch.cartesian_prod(*2 * [torch.linspace(-4, 4, 401, dtype=torch.float64)])
+    noise = (x_t[:, None] - ab.sqrt() * x0) / (1 - ab).sqrt()
+    share = (density(*data).log_prob(x0) - noise.square().sum(-1) / 2).softmax(1)
+    best = (share[..., None] * noise).sum(1)
+    torch.testing.assert_close(best, -(1 - ab).sqrt() * slope, rtol=1e-5, atol=1e-6)
+    if len(weights) == 1:  # a straight line
+        line = torch.linalg.solve(ab * WIDE + (1 - ab) * EYE, (x_t - ab.sqrt() * means).T).T
+        torch.testing.assert_close(best, (1 - ab).sqrt() * line, rtol=1e-5, atol=1e-6)
+
+    def step(eta):
+        generator = torch.Generator().manual_seed(0)
+        return sample(lambda x, t: best, x_t, SCHEDULE, eta=eta, timesteps=[(t, t - 1)], generator=generator)
+
+    fresh = ((1 - ab_prev) / (1 - ab) * beta).sqrt() * randn(x_t.shape, torch.Generator().manual_seed(0), torch.float64)
+    torch.testing.assert_close(step(1.0), (x_t + beta * slope) / (1 - beta).sqrt() + fresh, rtol=1e-4, atol=1e-5)
+    climbed = step(0.0) * (1 - beta).sqrt() - x_t
+    torch.testing.assert_close(climbed, beta / 2 * slope, rtol=beta / (1 - ab), atol=1e-5)
+
+
+# ---- the linear denoiser --------------------------------------------------------------------------------------------
+
+LEVELS = torch.tensor([0.002, 0.1, 0.5, 0.95, 0.9995], dtype=torch.float64)
+
+
+def normal_pictures(n, seed, alike, side=4, channels=1):
+    """Bytes (n, channels, side, side), about normal: every pixel alone with the spread 0.25, or all of them mixed."""
+    d = channels * side**2
+    mix = torch.randn(d, d, generator=torch.Generator().manual_seed(9)) * torch.linspace(0.02, 0.1, d)
+    z = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) @ (mix if alike else 0.25 * torch.eye(d))
+    return to_bytes((z + 0.1).view(n, channels, side, side).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_linear_denoiser_errs_as_its_formula_says(alike):
+    """math.md (13): its error, by formula, is that of its guesses; and no worse than what least squares find by themselves."""
+    images, held_out = normal_pictures(16_384, 1, alike), normal_pictures(4096, 2, alike)
+    denoiser = LinearDenoiser(images)
+    errors = denoiser.errors(held_out, LEVELS)
+    generator = torch.Generator().manual_seed(0)
+
+    def noised(images, ab, times):
+        x0 = from_bytes(images).flatten(1).double().repeat(times, 1)
+        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+        return ab.sqrt() * x0 + (1 - ab).sqrt() * noise, noise
+
+    mean, directions, variances = (x.double() for x in (denoiser.mean, denoiser.directions, denoiser.variances))
+    for ab, error in zip(LEVELS, errors.tolist(), strict=True):
+        x_t, noise = noised(held_out, ab, 25)
+        guess = (x_t - ab.sqrt() * mean) @ directions * ((1 - ab).sqrt() / (ab * variances + 1 - ab)) @ directions.T
+        assert (guess - noise).square().mean().item() == pytest.approx(error, rel=0.01)
+        seen, hidden = noised(images, ab, 6)
+        line = torch.linalg.lstsq(torch.nn.functional.pad(seen, (0, 1), value=1.0), hidden).solution
+        regression = (torch.nn.functional.pad(x_t, (0, 1), value=1.0) @ line - noise).square().mean().item()
+        assert error == pytest.approx(regression, rel=0.015)
+        if not alike:  # the closed form in the text
+            assert error == pytest.approx((ab * 0.25**2 / (ab * 0.25**2 + 1 - ab)).item(), rel=0.02)
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_fewer_pictures_than_pixels_give_the_same_denoiser(n):
+    """math.md (13) with 48 pixels, written with whole matrices and the pixels' own covariance, never with the Gram matrix."""
+    images, held_out = normal_pictures(2 * n, 1, True, channels=3), normal_pictures(30, 2, True, channels=3)
+    x, others, new = (from_bytes(part).flatten(1).double() for part in (images, images[1::2], held_out))
+    x = x[torch.linspace(0, 2 * n - 1, n).long()]
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh(x.T.cov())
+    directions = vectors[:, values > 1e-6 * values[-1]]
+    known = directions.shape[1]
+    assert known == min(n - 1, 48)
+    inside = directions @ directions.T
+    second = (others - mean).T @ (others - mean) / len(others)
+    outside = torch.eye(48, dtype=torch.float64) - inside
+    rest = (second @ outside).trace() / max(1, 48 - known)
+    covariance = directions * (directions.T @ second @ directions).diagonal() @ directions.T + rest * outside
+    spread = (new - mean).T @ (new - mean) / len(new)
+    expected = []
+    for ab in LEVELS:
+        guess = (1 - ab).sqrt() * torch.linalg.inv(ab * covariance + (1 - ab) * torch.eye(48))
+        missed = torch.eye(48) - (1 - ab).sqrt() * guess
+        expected.append((missed @ missed.T + ab * guess @ spread @ guess.T).trace() / 48)
+    errors = LinearDenoiser(images, at_most=n).errors(held_out, LEVELS)
+    torch.testing.assert_close(errors, torch.stack(expected), rtol=1e-3, atol=1e-6)
+
+
+# ---- distances between sets -----------------------------------------------------------------------------------------
+
+
+def features(n, d, seed, stretch=1.0, shift=0.0):
+    mix = torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 100))
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) @ mix * stretch + shift
+
+
+def beside_nothing(feature):
+    """One feature, and a second one that is always 0."""
+    return torch.nn.functional.pad(feature, (0, 1))
+
+
+def test_fid_is_the_formula():
+    """math.md (14): the root's trace by the eigenvalues of the product, which is not symmetric; and with one feature."""
+    a, b = features(300, 6, 0), features(500, 6, 1, 1.5, 0.3)
+    (mean_a, c_a), (mean_b, c_b) = (
+        (x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1)) for x in (a.double(), b.double())
+    )
+    root = torch.linalg.eigvals(c_a @ c_b).sqrt().sum().real
+    expected = ((mean_a - mean_b) ** 2).sum() + c_a.trace() + c_b.trace() - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    a, b = a[:, :1].double(), b[:, :1].double()
+    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
+    assert frechet_distance(beside_nothing(a), beside_nothing(b)) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_fid_equals_scipys_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = features(300, 20, 2), features(400, 20, 3, 0.7, 0.1)
+    c_a, c_b = a.double().T.cov(), b.double().T.cov()
+    root = linalg.sqrtm((c_a @ c_b).numpy()).trace().real
+    mean = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
+    assert frechet_distance(a, b) == pytest.approx(mean + (c_a + c_b).trace().item() - 2 * root, rel=1e-6)
+
+
+def test_kid_is_the_formula():
+    """math.md (15), pair by pair."""
+    a, b = features(7, 3, 0).double(), features(5, 3, 1, shift=0.5).double()
+
+    def mean(x, y, same):
+        pairs = [(p, q) for i, p in enumerate(x.tolist()) for j, q in enumerate(y.tolist()) if not same or i != j]
+        return sum((sum(u * v for u, v in zip(p, q, strict=True)) / 3 + 1) ** 3 for p, q in pairs) / len(pairs)
+
+    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_between_sets_of_one_kind_kid_is_0_on_average_and_fid_is_not():
+    draws = [torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(i)) for i in range(600)]
+    kid = torch.tensor([kernel_distance(a, b) for a, b in draws])
+    assert abs(kid.mean()) < 4 * kid.std() / 600**0.5 < 0.15 and kid.min() < 0
+    assert torch.tensor([frechet_distance(a, b) for a, b in draws]).min() > 0.1
+
+    few, many = map(float, re.search(r"by ([\d.]+) for 256 points .*, by ([\d.]+) for 2,000", prose()).groups())
+    for n, written in ((256, few), (2000, many)):
+        a, b = torch.randn(2, n, 128, generator=torch.Generator().manual_seed(0))
+        assert frechet_distance(a, b) == pytest.approx(written, rel=0.04)
+
+
+def test_what_the_two_distances_do_not_see():
+    """Section 9: FID no skewness, neither of them more than that. Evenly spaced quantiles stand for random draws."""
+    even = (torch.arange(3000, dtype=torch.float64)[:, None] + 0.5) / 3000
+    normal, skewed = Normal(0.0, 1.0).icdf(even), -torch.log(1 - even) - 1  # both of mean 0 and variance 1
+    coin = (even > 0.5) * 2.0 - 1
+    for other in (skewed, coin):
+        assert frechet_distance(beside_nothing(other), beside_nothing(normal)) < 0.001
+    assert kernel_distance(skewed, normal) == pytest.approx(4, abs=0.5)  # their third moments are 2 and 0
+    assert abs(kernel_distance(coin, normal)) < 0.05
+
+
+# ---- the text and the code ------------------------------------------------------------------------------------------
+
+
 def text():
     return (ROOT / "docs/math.md").read_text(encoding="utf8")
+
+
+def prose():
+    return " ".join(text().split())  # wherever its lines break
 
 
 def test_each_number_in_the_code_is_an_equation_and_each_equation_has_its_code_and_test():
@@ -130,7 +364,7 @@ def test_each_number_in_the_code_is_an_equation_and_each_equation_has_its_code_a
     numbers = [int(number) for number, _ in equations]
     assert numbers == list(range(1, len(numbers) + 1))
 
-    sources = {path: path.read_text(encoding="utf8") for path in ROOT.glob("*.py")}
+    sources = {path: path.read_text(encoding="utf8") for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]}
     tests = "".join(path.read_text(encoding="utf8") for path in (ROOT / "tests").glob("test_*.py"))
     code = "".join(sources.values())
     mentioned = {int(n) for n in re.findall(r"math\.md \((\d+)\)", code + tests)}
