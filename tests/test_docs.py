@@ -52,6 +52,7 @@ def test_the_core_imports_its_five_packages_and_no_more():
         "datetime",
         "difflib",
         "errno",
+        "functools",
         "glob",
         "hashlib",
         "math",

@@ -569,7 +569,7 @@ def test_blur_noise_tint_and_missing_variety_raise_both_distances(cats):
     worse = {
         "blur": changed(real, blurred(0.6)),
         "noise": changed(real, noisy(0.06)),
-        "tint": changed(real, tint(0, 0.1)),
+        "tint": changed(real, tint(0, 0.15)),
         "one fur": black,
     }
     for distance in (kernel_distance, frechet_distance):
