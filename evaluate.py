@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from processes import NoiseSchedule, randn, sample, strides, v_to_noise
 from toolbox.data import SIZES, Data, from_bytes, load_data, to_bytes
-from toolbox.files import errors_in_one_sentence
+from toolbox.files import check_number, check_writable, errors_in_one_sentence
 from toolbox.metrics import (
     FID_FROM,
     FeatureNet,
@@ -42,13 +42,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation.png"), help="the picture that is written")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    if args.n < 2:
-        raise ValueError(f"--n {args.n}: expected 2 pictures or more")
+    check_number("--n", args.n, 4)  # an error bar takes halves, and a distance within a half takes two
+    check_number("--seed", args.seed, 0, 2**32 - args.n)
+    check_number("--eta", args.eta, 0, 1)
 
     model = args.model or default_model()
     device = pick_device(args.device)
     network, schedule, about = load_model(model, device)
     predict_noise = v_to_noise(network, schedule)
+    strides(schedule.T, args.steps)  # before the work, not after it: are there so many steps, can the picture be written?
+    check_writable(args.out)
+    inception = Inception() if args.inception else None
     if not args.data and about["data"] not in SIZES:
         raise ValueError(
             f"{model} was trained on a folder named {about['data']}: say where it is, --data path/to/{about['data']}"
@@ -62,8 +66,8 @@ def main() -> None:
     levels, linear = losses(predict_noise, schedule, data, held_out.images, device)
     samples = draw(predict_noise, schedule, (data.channels, data.size, data.size), args, device)
     judge(samples, feature_net(data), data, held_out)
-    if args.inception:
-        distances(samples, Inception(), data)
+    if inception:
+        distances(samples, inception, data)
     copies = look_for_copies(samples, data, held_out.images)
     plot_evaluation(levels, linear, from_bytes(samples), from_bytes(copies), args.out)
     print(f"wrote {args.out}")
@@ -130,7 +134,7 @@ def distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> N
     real, others = two_parts(data.images, len(samples))
     a, floor, b = network.see(samples), network.see(real), network.see(others)
     scores = {f"KID x 1000, {network.name}": (lambda a, b: 1000 * kernel_distance(a, b), a, floor)}
-    if len(a) >= FID_FROM:
+    if min(len(a), len(floor), len(b)) >= FID_FROM:
         scores[f"FID, {network.name}"] = (frechet_distance, a, floor)
     for name, (distance, a, floor) in scores.items():
         one, error = with_error(distance, a, b)

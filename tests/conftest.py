@@ -65,8 +65,10 @@ def checkpoint(folder):
 
 
 def flat(checkpoint):
-    """All the numbers that go on: weights, averaged weights, the optimizer's state."""
-    moments = [v for state in checkpoint["optimizer"]["state"].values() for v in state.values()]
+    """All the numbers that go on: weights, averaged weights, both optimizers' states."""
+    states = [state for optimizer in checkpoint["optimizers"] for state in optimizer["state"].values()]
+    moments = [v for state in states for v in state.values()]
+    assert len(states) == len(checkpoint["network"])  # each of the weights is one optimizer's
     return torch.cat(
         [w.double().flatten() for w in [*checkpoint["network"].values(), *checkpoint["averaged"].values(), *moments]]
     )

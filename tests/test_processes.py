@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from processes import NoiseSchedule, add_noise, randn, sample, strides
+from processes import NoiseSchedule, add_noise, randn, sample, strides, v_to_noise
 
 SCHEDULES = {
     "linear": (NoiseSchedule.linear, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
@@ -342,3 +342,85 @@ def test_half_precision_answers_do_not_coarsen_the_loop():
         return toy_model(x, t).bfloat16()
 
     assert sample(predict_noise, x, NoiseSchedule.linear(), 3).dtype == torch.float32 and set(seen) == {torch.float32}
+
+
+# ---- the network answers v ------------------------------------------------------------------------------------------
+
+
+def v_of(x0, noise, t, schedule):
+    """Salimans & Ho 2022, appendix D: v = alpha noise - sigma x0, with alpha^2 = alpha_bar and sigma^2 = 1 - alpha_bar."""
+    a = schedule.alpha_bar.to(x0)[t].view(-1, *[1] * (x0.ndim - 1))
+    return a.sqrt() * noise - (1 - a).sqrt() * x0
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 5, 3), (4, 3, 8, 8), (4, 2, 2, 4, 4)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_right_v_is_the_right_noise(name, shape):
+    schedule, t = SCHEDULES[name][0](), torch.tensor([0, 300, 700, 999])
+    for dtype, tolerance in ((torch.float64, 1e-7), (torch.float32, 1e-6)):
+        x0 = torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        noise = torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+        x_t, _ = add_noise(x0, t, schedule, noise)
+        v = v_of(x0, noise, t, schedule)
+        predict_noise = v_to_noise(lambda x, t, v=v: v, schedule)
+        torch.testing.assert_close(predict_noise(x_t, t), noise, atol=tolerance, rtol=0)
+        assert predict_noise(x_t, t).dtype == dtype
+
+
+def test_the_network_is_asked_once_with_the_picture_the_time_and_the_context_as_they_came():
+    schedule, asked = NoiseSchedule.cosine(), []
+
+    def network(*arguments):
+        asked.append(arguments)
+        return torch.zeros_like(arguments[0])
+
+    predict_noise = v_to_noise(network, schedule)
+    x, t, words, mask = torch.randn(2, 3, 4, 4), torch.tensor([10, 900]), torch.randn(2, 7, 5), torch.ones(2, 7)
+    predict_noise(x, t)
+    predict_noise(x, t, words)
+    result = predict_noise(x, t, words, mask)
+    assert [len(arguments) for arguments in asked] == [2, 3, 4]
+    assert all(one is other for one, other in zip(asked[2], (x, t, words, mask), strict=True))
+    # A network that knows nothing, v = 0, leaves of pure noise the noise, and of a clean picture nearly nothing.
+    sigma = (1 - schedule.alpha_bar[t]).sqrt().view(2, 1, 1, 1)
+    torch.testing.assert_close(result, sigma * x)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("solver", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("t", [5, 49, 95])
+def test_v_is_that_of_diffusers(solver, name, t):
+    """One step of their v_prediction, and one of our loop, for the same answer of a network."""
+    ours, theirs = SCHEDULES[name]
+    schedule = ours(100)
+    judge = solver(num_train_timesteps=100, clip_sample=False, prediction_type="v_prediction", **theirs)
+    judge.alphas_cumprod = schedule.alpha_bar.double()
+    judge.final_alpha_cumprod = judge.one = torch.tensor(1.0, dtype=torch.float64)
+    judge.set_timesteps(100)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    answer, eta = toy_model(x, torch.full((2,), t)), {DDPMScheduler: 1.0, DDIMScheduler: 0.0}[solver]
+    expected = judge.step(answer, t, x, generator=torch.Generator().manual_seed(2)).prev_sample
+    generator = torch.Generator().manual_seed(2)
+    step = sample(v_to_noise(toy_model, schedule), x, schedule, eta=eta, timesteps=[(t, t - 1)], generator=generator)
+    torch.testing.assert_close(step, expected, rtol=1e-8, atol=1e-8)
+    x0, noise = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    theirs_v = judge.get_velocity(x0, noise, torch.full((2,), t)) if solver is DDPMScheduler else v_of(x0, noise, t, schedule)
+    torch.testing.assert_close(v_of(x0, noise, t, schedule), theirs_v, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_best_denoiser_through_v_draws_the_same(eta):
+    schedule = NoiseSchedule.cosine()
+    direct = gaussian_denoiser(schedule, MEAN, COVARIANCE)
+
+    def network(x, t):  # v, from what the direct one says of the picture and of the noise
+        a, noise = schedule.alpha_bar[t[0]].to(x.dtype), direct(x, t)
+        return a.sqrt() * noise - (1 - a).sqrt() * (x - (1 - a).sqrt() * noise) / a.sqrt()
+
+    def draw(predict_noise):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(500, 2, generator=generator, dtype=torch.float64)
+        return sample(predict_noise, x, schedule, 40, eta, generator=generator)
+
+    torch.testing.assert_close(draw(v_to_noise(network, schedule)), draw(direct), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(draw(network), draw(direct), atol=0.1)

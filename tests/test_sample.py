@@ -166,6 +166,7 @@ KIND, WHOLE, FIT = (
         ({"format": torch.zeros(3), "network": {}}, KIND),
         ({"settings": {}}, "expected a model.pt, this is what a run goes on from; use the model.pt beside it"),
         (changed(format=99), KIND),
+        (changed(format=1), KIND),  # its network predicted the noise, not v
         (changed(network=3), FIT),
         (network(widths=[8, 8]), FIT),
         (network(widths=[10**6, 10**6]), FIT),  # would need 36 TB

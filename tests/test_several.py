@@ -83,8 +83,9 @@ def losses(folder, rank=0):
 
 
 def gradient(folder):
-    """Of a run's only step: AdamW's first moment is a tenth of it."""
-    return torch.cat([10 * state["exp_avg"].flatten() for state in checkpoint(folder)["optimizer"]["state"].values()])
+    """Of a run's only step: Muon's average is a twentieth of it, AdamW's first moment a tenth."""
+    muon, adamw = (optimizer["state"].values() for optimizer in checkpoint(folder)["optimizers"])
+    return torch.cat([20 * s["average"].flatten() for s in muon] + [10 * s["exp_avg"].flatten() for s in adamw])
 
 
 MISHAPS = """

@@ -17,7 +17,7 @@ from conftest import ROOT, TINY, checkpoint, command, flat
 import toolbox.files
 import toolbox.run
 import train
-from processes import NoiseSchedule, add_noise
+from processes import NoiseSchedule, add_noise, v_to_noise
 from toolbox.data import Data
 from toolbox.files import MEANING, errors_in_one_sentence, sentence
 from toolbox.models import card, load_model
@@ -99,9 +99,12 @@ def test_a_finished_run_says_so_and_more_steps_go_on_from_where_it_was(train_her
     assert torch.equal(flat(first), flat(checkpoint("run")))
     train_here("--steps", 9)
     second = checkpoint("run")
-    assert second["k"] == 9 and {int(state["step"]) for state in second["optimizer"]["state"].values()} == {9}
+    muon, adamw = (optimizer["state"].values() for optimizer in second["optimizers"])
+    assert second["k"] == 9 and {int(state["step"]) for state in adamw} == {9} and all(s["average"].any() for s in muon)
     changes = [(second["network"][name] - w).abs().max().item() for name, w in first["network"].items()]
     assert 0 < max(changes) < 0.01  # it went on from these weights, not from new ones
+    train_here("--steps", 9, "--out", "straight")  # the same rates: in both the warm-up is not over
+    assert torch.equal(flat(second), flat(checkpoint("straight")))
 
 
 def test_the_seed_decides_everything(train_here):
@@ -186,25 +189,76 @@ def test_generators_of_different_seeds_and_steps_differ():
     assert torch.equal(one, other)  # the trap itself
 
 
-def test_a_step_is_adamw_with_its_rate_and_clipping_and_the_average_follows(tmp_path, monkeypatch):
-    """The same arithmetic a second time, by hand, on one parameter."""
-    network = torch.nn.Linear(1, 1, bias=False)
+def test_a_step_is_muon_for_matrices_and_adamw_for_vectors_and_the_average_follows(tmp_path, monkeypatch):
+    """The same arithmetic a second time, by hand: of a row of three, a matrix of one direction, and of a single number."""
+    network = torch.nn.Linear(3, 1)
     network.config = {"in_channels": 1}
-    torch.nn.init.constant_(network.weight, 2.0)
+    start = torch.tensor([[2.0, -1.0, 0.5]])
+    with torch.no_grad():
+        network.weight.copy_(start)
+        network.bias.fill_(2.0)
     monkeypatch.setattr(toolbox.run, "WARM_UP", 3)
     run, _ = tiny_run(tmp_path, steps=5, network=network)
     run.save = lambda: None
+    row, momentum, row_average = start.double(), torch.zeros(1, 3).double(), start.double()
     w, average, m, v = 2.0, 2.0, 0.0, 0.0
+    # One direction has one singular value, at first 1: five rounds of Newton-Schulz make it this.
+    one = 1.0
+    for _ in range(5):
+        one = 3.4445 * one - 4.775 * one**3 + 2.0315 * one**5
+    assert 0.65 < one < 1.25
     for k, _ in enumerate(run.batches(), start=1):
-        run.step((run.network.weight * 10 * k).sum())  # gradient 10 k, clipped to a length of 1
+        towards = torch.tensor([[3.0, 4.0 * (-1) ** k, 1.0 * k]])
+        run.step((run.network.weight * towards).sum() + run.network.bias.sum() * 10 * k)
+        gradient = torch.cat([towards[0], torch.tensor([10.0 * k])]).double()
+        gradient /= gradient.norm()  # clipped to a length of 1
         rate = toolbox.run.LEARNING_RATE * min(k / toolbox.run.WARM_UP, (6 - k) / 5)
-        w *= 1 - rate * 0.01
-        m, v = 0.9 * m + 0.1 * 1, 0.99 * v + 0.01 * 1
-        w -= rate * (m / (1 - 0.9**k)) / (math.sqrt(v / (1 - 0.99**k)) + 1e-8)
+
+        momentum = 0.95 * momentum + 0.05 * gradient[:3]
+        ahead = 0.05 * gradient[:3] + 0.95 * momentum
+        row = row * (1 - rate * 0.01) - rate * 0.2 * math.sqrt(3) * one * ahead / ahead.norm()
+        g = gradient[3].item()
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+        w = w * (1 - rate * 0.01) - rate * (m / (1 - 0.9**k)) / (math.sqrt(v / (1 - 0.99**k)) + 1e-8)
         decay = (1 + k) / (10 + k)
-        average = decay * average + (1 - decay) * w
-        assert run.network.weight.item() == pytest.approx(w, abs=1e-6)
-        assert run.averaged.weight.item() == pytest.approx(average, abs=1e-6)
+        row_average, average = decay * row_average + (1 - decay) * row, decay * average + (1 - decay) * w
+        torch.testing.assert_close(run.network.weight.double(), row, atol=1e-6, rtol=0)
+        torch.testing.assert_close(run.averaged.weight.double(), row_average, atol=1e-6, rtol=0)
+        assert run.network.bias.item() == pytest.approx(w, abs=1e-6)
+        assert run.averaged.bias.item() == pytest.approx(average, abs=1e-6)
+    assert k == 5
+
+
+def test_every_weight_is_one_optimizers_and_both_follow_the_rate(tmp_path):
+    run, schedule = tiny_run(tmp_path, steps=200)
+    muon, adamw = (optimizer.param_groups[0]["params"] for optimizer in run.optimizers)
+    assert {w.ndim for w in muon} == {2, 4} and {w.ndim for w in adamw} == {1}
+    assert sorted(map(id, [*muon, *adamw])) == sorted(map(id, run.network.parameters()))
+    run.save, rates = lambda: None, []
+    for x0 in run.batches():
+        run.step(run.network(x0, run.randint(schedule.T)).square().mean())
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in run.optimizers])
+        assert all(p.grad is None for p in run.network.parameters())
+    for k, (one, other) in enumerate(rates):
+        assert one == other == pytest.approx(2e-3 * min((k + 1) / 50, 1 - k / 200))
+
+
+def test_memory_is_kept_where_the_c_library_can_and_elsewhere_nothing_happens(monkeypatch):
+    asked = []
+
+    class Library:
+        def __init__(self, name):
+            self.mallopt = lambda *values: asked.append(values)
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(toolbox.run.ctypes, "CDLL", Library)
+    toolbox.run.keep_memory()
+    assert [number for number, _ in asked] == [-1, -3] and all(value >= 2**30 for _, value in asked)
+    monkeypatch.setattr(toolbox.run.ctypes, "CDLL", lambda name: object())  # a C library that knows no mallopt
+    toolbox.run.keep_memory()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(toolbox.run.ctypes, "CDLL", None)  # any call would now crash
+    toolbox.run.keep_memory()
 
 
 def test_the_average_is_of_weights_only_and_remembers_a_ninth_of_the_run(tmp_path):
@@ -245,22 +299,26 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
     train_here("--steps", 3)
     assert len(seen) == len(losses) == 3
     for (t, x_t, noise, x0), (predicted, target), (x, when, answer) in zip(seen, losses, asked[-3:], strict=True):
-        assert target is noise and torch.equal(x, x_t) and torch.equal(when, t) and torch.equal(predicted, answer)
+        assert target is noise and torch.equal(x, x_t) and torch.equal(when, t)
+        a = NoiseSchedule.cosine().alpha_bar[t].view(-1, 1, 1, 1)
+        torch.testing.assert_close(predicted, (1 - a).sqrt() * x_t + a.sqrt() * answer)  # the network answers v
         assert noise.shape == x0.shape and abs(noise.std() - 1) < 0.1 and -1 <= x0.min() < 0 < x0.max() <= 1
 
 
 def test_it_learns(tmp_path):
-    """A few hundred steps on one picture: the loss falls far below that of a guess of zero."""
+    """A few hundred steps on one picture: the loss falls far below that of a network that answers nothing."""
     images = torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     run, schedule = tiny_run(tmp_path, steps=300, batch=32, images=images)
-    run.save, losses = lambda: None, []
+    run.save, losses, guesses = lambda: None, [], []
+    predict_noise, nothing = v_to_noise(run.network, schedule), v_to_noise(lambda x, t: torch.zeros_like(x), schedule)
     for x0 in run.batches():
         t = run.randint(schedule.T)
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
-        loss = torch.nn.functional.mse_loss(run.network(x_t, t), noise)
+        loss = torch.nn.functional.mse_loss(predict_noise(x_t, t), noise)
         run.step(loss)
         losses.append(loss.item())
-    assert losses[0] > 0.9 and sum(losses[-20:]) / 20 < 0.35
+        guesses.append(torch.nn.functional.mse_loss(nothing(x_t, t), noise).item())
+    assert losses[0] == pytest.approx(guesses[0]) and sum(losses[-20:]) < 0.5 * sum(guesses[-20:])
 
 
 def test_the_faster_precision_is_taken_and_stored(tmp_path, capsys):
@@ -293,7 +351,7 @@ def test_timing_changes_no_weight_and_leaves_no_gradient(tmp_path):
 def test_a_model_is_shared_in_16_bits_with_all_that_rebuilds_it(train_here):
     train_here("--steps", 2)
     network, schedule, about = load_model("run/model.pt")
-    assert about["size"] == 16 and about["channels"] == 3 and about["data"] == "photos" and about["format"] == 1
+    assert about["size"] == 16 and about["channels"] == 3 and about["data"] == "photos" and about["format"] == 2
     assert schedule.name == "cosine" and schedule.T == 1000
     exact = checkpoint("run")["averaged"]
     for name, weight in network.state_dict().items():
@@ -330,7 +388,7 @@ def said(main, capsys):
         (["--batch", "0"], "--batch 0: expected 1 or more"),
         (["--batch", str(10**12)], "the memory is not enough: a training needs less with a smaller --batch"),
         (["--accumulate", "0"], "--accumulate 0: expected 1 or more"),
-        (["--accumulate", "3"], "--batch 32: expected a multiple of 3, for even shares"),
+        (["--accumulate", "3"], "--batch 16: expected a multiple of 3, for even shares"),
         (["--seed", "-1"], "--seed -1: expected 0 to 4294967295"),
         (["--seed", str(10**30)], f"--seed {10**30}: expected 0 to 4294967295"),
         (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
@@ -368,7 +426,10 @@ class Evil:
         lambda path: torch.save([1, 2], path),
         lambda path: torch.save(checkpoint("run") | {"settings": 3}, path),
         lambda path: torch.save(checkpoint("run") | {"network": {}}, path),
-        lambda path: torch.save(checkpoint("run") | {"optimizer": {}}, path),
+        lambda path: torch.save(checkpoint("run") | {"optimizers": {}}, path),
+        lambda path: torch.save(checkpoint("run") | {"optimizers": checkpoint("run")["optimizers"][:1]}, path),
+        lambda path: torch.save(checkpoint("run") | {"optimizers": checkpoint("run")["optimizers"][::-1]}, path),
+        lambda path: torch.save(checkpoint("run") | {"optimizers": [{}, {}]}, path),
         lambda path: torch.save({name: entry for name, entry in checkpoint("run").items() if name != "k"}, path),
     ],
 )

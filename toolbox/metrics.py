@@ -6,6 +6,7 @@ bytes (N, C, H, W), as data has them. "math.md (14)" is an equation of docs/math
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -63,14 +64,16 @@ class FeatureNet(nn.Module):
 def feature_net(data: Data) -> FeatureNet:
     """The classifier for this data: the repository's own, the one trained here before, or one trained now (a minute or two).
 
-    Whether a stored one belongs to these pictures is told by their mean: another folder, another renderer, another mean.
+    Whether a stored one belongs to these pictures is told by their mean: another folder, another renderer, another mean;
+    and by its questions: the same folder may have been sorted into classes since.
     """
     mean = from_bytes(data.images[:: len(data.images) // 1000 + 1]).mean(0)
-    name = f"{data.name}-{data.size}.pt"
+    name, questions = f"{data.name}-{data.size}.pt", questions_for(data)
     for path in (READY / "features" / name, CACHE / "features" / name):
         if path.exists():
             stored = read(path)
-            if stored["mean"].shape == mean.shape and (stored["mean"].float() - mean).abs().max() < 0.01:
+            fits = stored["mean"].shape == mean.shape and (stored["mean"].float() - mean).abs().max() < 0.01
+            if fits and stored["network"]["answers"] == questions:
                 network = FeatureNet(**stored["network"])
                 network.load_state_dict({key: value.float() for key, value in stored["weights"].items()})
                 return network.eval()
@@ -81,17 +84,22 @@ def feature_net(data: Data) -> FeatureNet:
     return feature_net(data)  # as it lies in the file: the same figures now and later
 
 
+def questions_for(data: Data) -> dict[str, int]:
+    """What the classifier learns to answer, and between how many answers it chooses."""
+    classes = {name: len(values) for name, values in data.classes.items()}
+    return (classes or {"turned": 4}) | {"damage": len(DAMAGES)}
+
+
 def train_feature_net(data: Data, steps: int = 600, batch: int = 128) -> FeatureNet:
     """Learn the data's classes, or, where it has none, which way up a picture is; and to tell what damaged a picture.
 
     The damages are not those that `evaluate.py` is tested with; without them the network would look at colours and
     large shapes only, since nothing else tells a class.
     """
-    questions = {name: len(values) for name, values in data.classes.items()} or {"turned": 4}
     alike = same_labels(data)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = FeatureNet(data.channels, questions | {"damage": len(DAMAGES)})
+        network = FeatureNet(data.channels, questions_for(data))
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         for k in tqdm(range(steps), desc="training the classifier", leave=False):
             for group in optimizer.param_groups:
@@ -194,8 +202,9 @@ class Judge:
     def variety(self, features: Tensor) -> dict[str, float]:
         """For each class the total-variation distance, 0 .. 1, between the shares of its values here and in the data."""
         answers, result = self.network.answers(features), {}
-        for (name, values), labels in zip(self.data.classes.items(), self.data.labels.T, strict=True):
-            here, there = (x.bincount(minlength=len(values)) / len(x) for x in (answers[name].argmax(1), labels))
+        for i, (name, values) in enumerate(self.data.classes.items()):
+            both = answers[name].argmax(1), self.data.labels[:, i]
+            here, there = (x.bincount(minlength=len(values)) / len(x) for x in both)
             result[name] = (here - there).abs().sum().item() / 2
         return result
 
@@ -216,15 +225,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
     """KID (Binkowski et al. 2018) between features (N, d) and (M, d), without a bias of their numbers: math.md (15)."""
-
-    def likeness(x: Tensor, y: Tensor) -> Tensor:
-        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:  # without the likeness of a picture to itself
-        k = likeness(x, x)
-        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
-
     return (within(a) + within(b) - 2 * likeness(a, b).mean()).item()
+
+
+def likeness(x: Tensor, y: Tensor) -> Tensor:
+    return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+
+@lru_cache(maxsize=2)  # an error bar compares many sets with the same large one
+def within(x: Tensor) -> Tensor:
+    """The mean likeness in a set, without that of a picture to itself."""
+    k = likeness(x, x)
+    return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
 
 
 def with_error(distance: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor, repeats: int = 32) -> tuple[float, float]:
@@ -244,8 +256,7 @@ class LinearDenoiser:
     """
 
     def __init__(self, images: Tensor, at_most: int = 4096):
-        pictures = from_bytes(some(images, at_most)).flatten(1)
-        others = from_bytes(some(images, 2 * at_most)[1::2]).flatten(1)
+        pictures, others = (from_bytes(some(half, at_most)).flatten(1) for half in (images[::2], images[1::2]))
         self.mean = pictures.mean(0)
         centred = pictures - self.mean  # (n, d)
         n, d = centred.shape

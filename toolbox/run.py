@@ -156,7 +156,7 @@ class Run:
         self.network = network.to(device, memory_format=layout)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False).eval()
         matrices = [w for w in self.network.parameters() if w.ndim > 1]
-        vectors = [w for w in self.network.parameters() if w.ndim == 1]
+        vectors = [w for w in self.network.parameters() if w.ndim < 2]
         adamw = torch.optim.AdamW(vectors, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
         self.optimizers = [Muon(matrices, lr=LEARNING_RATE), adamw]
         keep_memory()
