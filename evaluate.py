@@ -114,12 +114,12 @@ def judge(samples: Tensor, network: FeatureNet, data: Data, held_out: Data) -> N
     features, real = network.see(samples), network.see(some(held_out.images, len(samples)))
 
     def line(name: str, form: Callable[[Tensor], str]) -> None:
-        print(f"{name:22}{form(features):>14}{form(real):>20}")
+        print(f"{name:26}{form(features):>14}{form(real):>20}")
 
     def share(truth: Tensor) -> str:
         return f"{100 * truth.float().mean():.1f} of 100"
 
-    print(f"{'':22}{f'{len(samples)} samples':>14}{f'{len(real)} held-out ones':>20}")
+    print(f"{'':26}{f'{len(samples)} samples':>14}{f'{len(real)} held-out ones':>20}")
     line("clean", lambda x: share(judge.clean(x)))
     line("  near the data", lambda x: share(judge.distance(x) <= judge.reach))
     for name in data.classes:
@@ -133,13 +133,13 @@ def distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> N
     """KID and FID to real pictures, beside those between as many real pictures and the same other ones."""
     real, others = two_parts(data.images, len(samples))
     a, floor, b = network.see(samples), network.see(real), network.see(others)
-    scores = {f"KID x 1000, {network.name}": (lambda a, b: 1000 * kernel_distance(a, b), a, floor)}
+    scores = {f"KID x 1000, {network.name}": lambda a, b: 1000 * kernel_distance(a, b)}
     if min(len(a), len(floor), len(b)) >= FID_FROM:
-        scores[f"FID, {network.name}"] = (frechet_distance, a, floor)
-    for name, (distance, a, floor) in scores.items():
+        scores[f"FID, {network.name}"] = frechet_distance
+    for name, distance in scores.items():
         one, error = with_error(distance, a, b)
         zero, zero_error = with_error(distance, floor, b)
-        print(f"{name:22}{one:>8.2f} +- {error:.2f}   {zero:.2f} +- {zero_error:.2f} for {len(floor)} real ones")
+        print(f"{name:26}{f'{one:.1f} +- {error:.1f}':>14}{f'{zero:.1f} +- {zero_error:.1f}':>20} for {len(floor)} real ones")
 
 
 def look_for_copies(samples: Tensor, data: Data, real: Tensor) -> Tensor:

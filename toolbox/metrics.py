@@ -21,8 +21,8 @@ from toolbox.models import READY, read
 FEATURES = 128
 DAMAGES = ("none", "jpeg", "moved", "pasted", "lines", "faded")
 SURE = 0.9  # the probability from which on an answer counts
-NEIGHBOUR = 5  # the k of "k-th nearest"
-KNOWN = 8192  # at most so many real pictures are compared with
+NEIGHBOUR = 3  # the k of "k-th nearest"
+KNOWN = 16_384  # at most so many real pictures are compared with
 FID_FROM = 2000  # fewer pictures than that say little about a covariance of 128 features; KID has no such limit
 
 # ---- what a classifier sees -------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ def plot_evaluation(levels: dict[int, float], linear: dict[int, float], samples:
     left.set(
         xlabel="time step t: little noise ... only noise", ylabel="mean squared error", yscale="log", title="held-out pictures"
     )
+    left.set_ylim(bottom=1e-4)  # in pure noise there is nothing to guess, and both lines fall to 0
     left.grid(alpha=0.3)
     left.legend()
     rows = torch.cat([torch.cat(pair) for pair in list(zip(samples.split(12), copies.split(12), strict=True))[:2]])
