@@ -66,6 +66,7 @@ def test_the_core_imports_its_five_packages_and_no_more():
         "functools",
         "glob",
         "hashlib",
+        "io",
         "math",
         "os",
         "pathlib",

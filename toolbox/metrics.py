@@ -5,13 +5,15 @@ pictures of one cat, the second moved by a pixel, the pixels differ a lot and th
 bytes (N, C, H, W), as data has them. "math.md (14)" is an equation of docs/math.md.
 """
 
+import io
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import decode_jpeg, encode_jpeg
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from toolbox.data import CACHE, Data, from_bytes, to_bytes
@@ -136,7 +138,9 @@ def damage(picture: Tensor, kind: str, other: Tensor) -> Tensor:
     """(C, H, W) -> the same: compressed; with a rectangle from elsewhere in it or from another one; lined; less coloured."""
     size = picture.shape[-1]
     if kind == "jpeg":
-        return from_bytes(decode_jpeg(encode_jpeg(to_bytes(picture), quality=int(torch.randint(30, 80, ())))))
+        with io.BytesIO() as file:
+            to_pil_image(to_bytes(picture)).save(file, "JPEG", quality=int(torch.randint(30, 80, ())))
+            return from_bytes(pil_to_tensor(Image.open(file)))
     if kind in ("moved", "pasted"):
         height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
         top, left = int(torch.randint(size - height + 1, ())), int(torch.randint(size - width + 1, ()))
