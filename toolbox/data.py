@@ -4,6 +4,7 @@ import difflib
 import glob
 import hashlib
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -173,7 +174,7 @@ def load_folder(folder: Path, size: int, held_out: bool) -> Data:
 
     stats = [(path, (folder / path).stat()) for path in inside]  # another file, name, size or date: another version
     version = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
-    place = folder.resolve()  # two folders may have the same name
+    place = Path(os.path.abspath(folder))  # two folders may have the same name; a link keeps the one that was typed
     name = f"{place.name}-{short_hash(str(place))}"
     return Data(place.name, **cached(name, size, held_out, version, lambda: (classes, samples())))
 
