@@ -318,7 +318,7 @@ def test_it_learns(tmp_path):
         run.step(loss)
         losses.append(loss.item())
         guesses.append(torch.nn.functional.mse_loss(nothing(x_t, t), noise).item())
-    assert losses[0] == pytest.approx(guesses[0]) and sum(losses[-20:]) < 0.5 * sum(guesses[-20:])
+    assert losses[0] == pytest.approx(guesses[0], rel=0.05) and sum(losses[-20:]) < 0.5 * sum(guesses[-20:])
 
 
 def test_the_faster_precision_is_taken_and_stored(tmp_path, capsys):
