@@ -64,12 +64,12 @@ def test_a_trained_model_gets_its_table_and_its_picture(evaluate_here, train_her
     assert lines[0] == "model     run/model.pt, trained on many: 90 training pictures, 6 held out"
     assert re.fullmatch(r"loss +0\.\d{4} on 6 held-out pictures; the best linear denoiser: 0\.\d{4}; .+", lines[1])
     assert lines[2].split("  ")[-1].strip() == "6 held-out ones" and "30 samples" in lines[2]
-    table = {line[:22].strip(): line[22:] for line in lines[3:7]}
+    table = {line[:26].strip(): line[26:] for line in lines[3:7]}
     assert list(table) == ["clean", "near the data", "sure of the class", "off the data's class"]
     for name in ("clean", "near the data", "sure of the class"):
         assert re.fullmatch(r" +[\d.]+ of 100 +[\d.]+ of 100", table[name])
     assert re.fullmatch(r" +[01]\.\d\d +[01]\.\d\d", table["off the data's class"])
-    kid = rf"KID x 1000, our features +{NUMBER} \+- {NUMBER}   {NUMBER} \+- {NUMBER} for 30 real ones"
+    kid = rf"KID x 1000, our features +{NUMBER} \+- {NUMBER} +{NUMBER} \+- {NUMBER} for 30 real ones"
     assert re.fullmatch(kid, lines[7])
     assert lines[8].startswith("copies    the nearest training picture is ") and lines[-1] == "wrote evaluation.png"
     assert "nan" not in shown.replace("nearest", "") and "FID" not in shown  # of so few pictures it would say little
