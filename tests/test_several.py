@@ -182,7 +182,7 @@ KILLED = "if RANK == 1: Run.average = lambda run: os.kill(os.getpid(), 9)"
 @pytest.mark.parametrize(
     ("arguments", "extra", "sentence"),
     [
-        ("--data nowhere", "", "--data nowhere: expected"),
+        ("--data nowhere", "", "--data nowhere: no such folder"),
         ("--batch 6 --accumulate 2", "", "--batch 6: expected a multiple of 4"),
         ("--steps 5", FULL, "a file: the disk is full"),  # in the first process alone
         ("--steps 5", GONE, "nowhere: there is no such file"),  # in the second one alone
