@@ -178,8 +178,9 @@ def v(network, x0):
 
 def experiment_7():
     networks = learn(noise)[0], v_to_noise(learn(v)[0], COSINE)
-    t = torch.full((256,), 999)
-    x_t, truth = add_noise(cats()[:256], t, COSINE, torch.randn(256, 3, 16, 16, generator=fresh()))
+    x0 = cats()[:256]
+    t = torch.full((len(x0),), 999)
+    x_t, truth = add_noise(x0, t, COSINE, torch.randn(x0.shape, generator=fresh()))
     print("error at t = 999:", *(f"{F.mse_loss(network(x_t, t), truth):.7f}" for network in networks))
     rows = [(network, eta) for eta in (0, 1) for network in networks]
     return colours([sample(network, NOISE, COSINE, CALLS, eta, clip=True, generator=fresh()) for network, eta in rows])

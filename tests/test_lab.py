@@ -47,7 +47,7 @@ def test_an_experiment_that_is_none(monkeypatch):
 
 def test_the_lines_in_the_text_are_those_of_the_file():
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) >= 8
+    assert len(blocks) >= 7
     for block in blocks:
         assert block in LAB.read_text(encoding="utf8"), block
 
