@@ -268,6 +268,9 @@ def test_default_walks_from_the_last_index_to_the_first():
     before = x.clone()
     sample(predict_noise, x, NoiseSchedule.linear(40), steps=40)
     assert asked == list(range(39, -1, -1)) and torch.equal(x, before)
+    asked.clear()
+    sample(predict_noise, x, NoiseSchedule.linear(40), steps=4)
+    assert asked == [39, 29, 19, 9]  # "trailing": begins at the end, where pure noise belongs
 
 
 def test_it_can_start_in_the_middle():
