@@ -91,7 +91,8 @@ def plot_evaluation(levels: dict[int, float], linear: dict[int, float], samples:
     left.set_ylim(bottom=1e-4)  # in pure noise there is nothing to guess, and both lines fall to 0
     left.grid(alpha=0.3)
     left.legend()
-    rows = torch.cat([torch.cat(pair) for pair in list(zip(samples.split(12), copies.split(12), strict=True))[:2]])
+    whole = min(24, len(samples) // 12 * 12 or len(samples))  # full rows only, so that a pair stands in one column
+    rows = torch.cat([torch.cat(p) for p in zip(samples[:whole].split(12), copies[:whole].split(12), strict=True)])
     right.imshow(to_image(make_grid(rows, nrow=min(12, len(samples)), padding=2, pad_value=1.0)), cmap="gray")
     right.set(title="samples, and below each one the nearest training picture")
     right.axis("off")
