@@ -82,7 +82,7 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = x if self.res is None else self.res(x, time)
         x = x if self.attn is None else self.attn(x, context)
         return x if self.conv is None else self.conv(x)
