@@ -8,13 +8,13 @@ A z is a picture's latents (B, latent_channels, H / factor, W / factor).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_ext.clip import TextEncoder, Tokenizer
-from latent_ext.guidance import guided
+from latent_ext.guidance import ClassUNet, guided, labels_of
 from latent_ext.vae import VAE
 from processes import NoiseSchedule, add_noise, randn, sample, strides, v_to_noise
 from unet import UNet
@@ -32,14 +32,25 @@ class Pipeline:
     size: int = 512  # pixels: of the pictures it was trained on
     prediction: str = "epsilon"  # what the U-Net answers: the noise, or "v_prediction" (math.md (11))
     spacing: str = "leading"  # which time steps are walked: Stable Diffusion's, or "trailing", the core's
+    clip: bool = False  # are the latents known to lie in [-1, 1]?
 
     @property
     def device(self) -> torch.device:
         return self.unet.conv.weight.device
 
     @property
+    def weight(self) -> Tensor:
+        """Any of the networks' numbers: it tells their device and precision."""
+        return next(self.text_encoder.parameters())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Pipeline":
+        for network in (self.unet, self.vae, self.text_encoder):
+            network.to(device, dtype).eval()
+        return self
+
+    @property
     def predict_noise(self) -> Callable[..., Tensor]:
-        """(x_t, t, context) -> noise. The network may have 16 bits; the sampler around it goes on with those of x_t."""
+        """(x_t, t, context) -> noise. The U-Net may have 16 bits; the sampler around it goes on with those of x_t."""
 
         def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
             return self.unet(x_t.to(context.dtype), t, context).to(x_t.dtype)
@@ -48,24 +59,25 @@ class Pipeline:
 
     def states(self, texts: Sequence[str]) -> Tensor:
         """What the U-Net looks at: (B, length, width)."""
-        return self.text_encoder(self.tokenizer(texts).to(self.device))
+        return self.text_encoder(self.tokenizer(texts).to(self.weight.device))
 
     def encode(self, images: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> one of the latents that each may have."""
-        mean, logvar = self.vae.encode(images.to(self.vae.quant.weight))
-        std = (logvar / 2).exp()
-        return self.vae.scale * (mean + std * randn(mean.shape, generator, mean.dtype, mean.device))
+        """(B, C, H, W) in [-1, 1] -> latents, one of those that each image may have."""
+        mean, logvar = (numbers.to(images.dtype) for numbers in self.vae.encode(images.to(self.weight)))
+        return self.vae.scale * (mean + (logvar / 2).exp() * randn(mean.shape, generator, mean.dtype, mean.device))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The way back. Colours a little too bright or too dark are clamped."""
-        return self.vae.decode((z / self.vae.scale).to(self.vae.quant.weight)).to(z.dtype).clamp(-1, 1)
+        """The way back. What is a little too bright or too dark is clamped."""
+        return self.vae.decode((z / self.vae.scale).to(self.weight.dtype)).to(z.dtype).clamp(-1, 1)
 
     def walk(self, steps: int, strength: float = 1.0) -> list[tuple[int, int]]:
-        """The pairs (t, t_prev) for `sample`: of `steps` of them the last ones, a share of `strength`; none for 0."""
+        """The pairs (t, t_prev) for `sample`: `steps` of them, or the last ones, as many as strength says; none for 0."""
+        if not 0 <= strength <= 1:
+            raise ValueError(f"expected a strength from 0 (leave the picture) to 1 (forget it), got {strength}")
         T = self.schedule.T
         if self.spacing == "trailing":
             pairs = strides(T, steps)
-        else:  # Stable Diffusion's: 981, 961, ..., 21, 1 for 50 steps, and from 1 to 0, the least noise it knows
+        else:  # Stable Diffusion's: 981, 961, ..., 21, 1 for 50 steps, and to 0, the least noise that it knows
             if not 1 <= steps < T:
                 raise ValueError(f"expected 1 to {T - 1} steps, as the schedule has {T}, got {steps}")
             times = [1 + T // steps * i for i in reversed(range(steps))]
@@ -75,21 +87,19 @@ class Pipeline:
 
 @torch.no_grad()
 def text_to_image(pipeline: Pipeline, prompts: Sequence[str], size: int | None = None, **how: object) -> Tensor:
-    """A picture (3, size, size) for each prompt, out of noise. how: what `denoise` is to know, for all three of these."""
+    """A picture for each prompt, (B, C, size, size). how: as in the two below, what else `denoise` can be told."""
     size = (size or pipeline.size) // pipeline.vae.factor
-    z0 = torch.zeros(len(prompts), pipeline.vae.config["latent_channels"], size, size)  # nothing is known yet
-    z = denoise(pipeline, prompts, z0, **how)
-    return pipeline.decode(z)
+    z0 = torch.zeros(len(prompts), pipeline.vae.config["latent_channels"], size, size, device=pipeline.weight.device)
+    return pipeline.decode(denoise(pipeline, prompts, z0, **how))
 
 
 @torch.no_grad()
 def image_to_image(
     pipeline: Pipeline, prompts: Sequence[str], images: Tensor, strength: float = 0.75, generator=None, **how: object
 ) -> Tensor:
-    """The images (B, 3, H, W) drawn anew, so far as strength says: 0 leaves them, 1 forgets them."""
+    """The images (B, C, H, W), one for each prompt, drawn anew as far as strength says: 0 leaves them, 1 forgets them."""
     z0 = pipeline.encode(images, generator)
-    z = denoise(pipeline, prompts, z0, strength=strength, generator=generator, **how)
-    return pipeline.decode(z)
+    return pipeline.decode(denoise(pipeline, prompts, z0, strength, generator=generator, **how))
 
 
 @torch.no_grad()
@@ -102,12 +112,24 @@ def inpaint(
     generator=None,
     **how: object,
 ) -> Tensor:
-    """The images drawn anew where their masks (B, 1, H, W) are 1, white; where they are 0 every pixel is kept."""
-    images, white = images.to(pipeline.device), masks.to(pipeline.device) >= 0.5
-    factor = pipeline.vae.factor
+    """The same, but only where the masks (B, 1, H, W) are 1, white. Where they are 0 every pixel is kept."""
+    images, white = images.to(pipeline.weight.device), masks.to(pipeline.weight.device) >= 0.5
     z0 = pipeline.encode(images, generator)
-    z = denoise(pipeline, prompts, z0, strength=strength, repaint=white[..., ::factor, ::factor], generator=generator, **how)
+    hole = white[:, :, :: pipeline.vae.factor, :: pipeline.vae.factor]  # (B, 1, h, w)
+    if pipeline.unet.config["in_channels"] > z0.shape[1]:  # a U-Net trained for this: it is shown the hole, and what is around
+        around = pipeline.encode(images * ~white, generator)
+        pipeline, hole = replace(pipeline, unet=beside(pipeline.unet, torch.cat([hole, around], dim=1))), None
+    z = denoise(pipeline, prompts, z0, strength, hole, generator=generator, **how)
     return torch.where(white, pipeline.decode(z), images)
+
+
+def beside(unet: UNet, shown: Tensor) -> Callable[..., Tensor]:
+    """A U-Net that is shown more channels with each x_t (with guidance's two copies of it, too)."""
+
+    def network(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return unet(torch.cat([x_t, shown.repeat(len(x_t) // len(shown), 1, 1, 1).to(x_t.dtype)], dim=1), t, context)
+
+    return network
 
 
 def denoise(
@@ -115,7 +137,7 @@ def denoise(
     prompts: Sequence[str],
     z0: Tensor,
     strength: float = 1.0,
-    repaint: Tensor | None = None,
+    hole: Tensor | None = None,
     negative: str = "",
     steps: int = 50,
     guidance: float = 7.5,
@@ -123,27 +145,74 @@ def denoise(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     on_step: Callable[[Tensor, int], Tensor] | None = None,
 ) -> Tensor:
-    """Noise latents z0 as far as strength says, and walk back to clean ones with the prompts in view.
+    """Noise latents z0 (B, c, h, w) as far as strength says, and walk back to clean ones with the prompts in view.
 
-    repaint (B, 1, h, w): where it is False, z0 is kept. negative: what no picture shall be. The others: see `sample`.
+    hole (B, 1, h, w) bool: everywhere else z0 is kept. negative: what no picture shall be. The others: see `sample`.
     """
-    context = pipeline.states(prompts)
-    predict_noise = guided(pipeline.predict_noise, context, pipeline.states([negative]), guidance)
-    z0 = z0.to(context.device, torch.promote_types(context.dtype, torch.float32))
+    predict_noise = guided(pipeline.predict_noise, pipeline.states(prompts), pipeline.states([negative]), guidance)
     noise = randn(z0.shape, generator, z0.dtype, z0.device)
     walk = pipeline.walk(steps, strength)
 
     def noised(t: int) -> Tensor:
-        return add_noise(z0, torch.tensor([t]), pipeline.schedule, noise)[0]
+        return add_noise(z0, torch.tensor([t], device=z0.device), pipeline.schedule, noise)[0]
 
     def after_step(z: Tensor, t_prev: int) -> Tensor:
-        if repaint is not None:
-            known = z0 if t_prev == walk[-1][1] else noised(t_prev)
-            z = torch.where(repaint, z, known)  # the model sees what is around the hole at its own level of noise
+        if hole is not None:  # around it the network shall see what belongs there, at the level of noise that it expects
+            z = torch.where(hole, z, z0 if t_prev == walk[-1][1] else noised(t_prev))
         return z if on_step is None else on_step(z, t_prev)
 
     if strength == 1:
-        z = noise
+        z = noise  # without a trace of z0
+    elif walk:
+        z = noised(walk[0][0])
     else:
-        z = noised(walk[0][0]) if walk else z0
-    return sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=walk, generator=generator, on_step=after_step)
+        z = z0
+    return sample(
+        predict_noise,
+        z,
+        pipeline.schedule,
+        eta=eta,
+        timesteps=walk,
+        clip=pipeline.clip,
+        generator=generator,
+        on_step=after_step,
+    )
+
+
+class Pixels(nn.Module):
+    """In place of a VAE: the latents are the pixels."""
+
+    scale, factor = 1.0, 1
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.config = {"channels": channels, "latent_channels": channels}
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.full_like(x, -torch.inf)  # no variance
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z
+
+
+class Labels:
+    """In place of a tokenizer: the text names classes, `labels_of` reads it. Nothing is cut; a word too many is an error."""
+
+    def __init__(self, classes: dict[str, Sequence[str]]):
+        self.classes = classes
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([labels_of(text, self.classes) for text in texts])
+
+    def left_out(self, text: str) -> str:
+        return ""
+
+    def unknown(self, text: str) -> list[str]:
+        return []
+
+
+def of_classes(network: ClassUNet, schedule: NoiseSchedule, size: int) -> Pipeline:
+    """A model of classes as a pipeline: its text encoder knows classes only, and there is no VAE between it and the pixels."""
+    pixels = Pixels(network.config["in_channels"])
+    labels = Labels(network.config["classes"])
+    return Pipeline(network.unet, pixels, network.answers, labels, schedule, size, "v_prediction", "trailing", clip=True)
