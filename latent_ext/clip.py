@@ -4,7 +4,6 @@ Radford et al. 2021. Stable Diffusion needs the text tower only: what it says at
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

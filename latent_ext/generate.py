@@ -44,51 +44,50 @@ def main() -> None:
     args = parser.parse_args()
     check_number("--n", args.n, 1)
     check_number("--seed", args.seed, 0, 2**32 - args.n)
-    for flag, number, high in (("--guidance", args.guidance, 1000), ("--eta", args.eta, 1), ("--strength", args.strength, 1)):
-        if number is not None:
-            check_number(flag, number, 0, high)
     for flag, given in (("--mask", args.mask), ("--strength", args.strength)):
         if given is not None and not args.init_image:
             raise ValueError(f"{flag} {given}: expected an --init-image, too, the picture that is to be changed")
     for path, suffix in ((args.out, ".png"), (args.gif, ".gif")):
         if path and path.suffix.lower() != suffix:
             raise ValueError(f"{path}: expected a name that ends in {suffix}")
+        if path:
+            check_writable(path)
 
     device = pick_device(args.device)
     model = args.model or (OWN if (OWN / "model_index.json").exists() else "latent-cats")
     pipeline = find(model).to(device, torch.float16 if device.type == "cuda" else torch.float32)
-    size = args.size or pipeline.size
+    defaults = {"guidance": 7.5, "eta": 0.0} if pipeline.spacing == "leading" else {"guidance": 3.0, "eta": 1.0}
+    defaults |= {"size": pipeline.size, "strength": 1.0 if args.mask or not args.init_image else 0.75}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    check_number("--guidance", args.guidance, 0)
+    check_number("--eta", args.eta, 0, 1)
+    check_number("--strength", args.strength, 0, 1)
     unit = pipeline.vae.factor * pipeline.unet.factor
-    if size < 1 or size % unit:
-        raise ValueError(f"--size {size}: expected a multiple of {unit}, as this model halves its pictures again and again")
-    begin = [picture(args.init_image, size, pipeline.vae.config["channels"])] if args.init_image else []
-    if args.mask:
-        begin.append((picture(args.mask, size, 1) + 1) / 2)
+    if args.size < 1 or args.size % unit:
+        raise ValueError(f"--size {args.size}: expected a multiple of {unit}, as this model halves its pictures repeatedly")
     if pipeline.unet.config["in_channels"] > pipeline.vae.config["latent_channels"] and not args.mask:
         raise ValueError(f"--model {model}: this one was trained for inpainting; it needs --init-image and --mask")
-    for text in {*args.prompts, args.negative}:
+    for text in dict.fromkeys([*args.prompts, args.negative]):
         if left_out := pipeline.tokenizer.left_out(text):
-            print(f"warning: {text!r} is too long for this model, which did not read: {left_out!r}")
+            print(f"warning: {text!r} is too long for this model; it is not told: {left_out!r}")
         if unknown := pipeline.tokenizer.unknown(text):
-            print(f"warning: this model was never told these words: {', '.join(unknown)}")
+            print(f"warning: {text!r}: this model does not know the words: {', '.join(unknown)}")
 
-    stable_diffusion = pipeline.spacing == "leading"
-    how = {"negative": args.negative, "steps": args.steps}
-    how["guidance"] = args.guidance if args.guidance is not None else 7.5 if stable_diffusion else 3.0  # found best
-    how["eta"] = args.eta if args.eta is not None else 0.0 if stable_diffusion else 1.0
+    begin = []  # what there is to begin with
     if args.init_image:
-        how["strength"] = args.strength if args.strength is not None else 1.0 if args.mask else 0.75
-    else:
-        how["size"] = size
+        begin.append(read(args.init_image, args.size, pipeline.vae.config["channels"]))
+    if args.mask:
+        begin.append((read(args.mask, args.size, 1) + 1) / 2)
     make = (text_to_image, image_to_image, inpaint)[len(begin)]
-    walk = pipeline.walk(args.steps, how.get("strength", 1.0))
-    check_writable(args.out)
-    if args.gif:
-        check_writable(args.gif)
-    print(f"{args.n} pictures of {size}x{size} pixels for each of {len(args.prompts)} prompts by the model {model}")
+    how = {name: getattr(args, name) for name in ("negative", "steps", "guidance", "eta")}
+    how |= {"strength": args.strength} if begin else {"size": args.size}
+    walk = pipeline.walk(args.steps, args.strength)
+    print(f"{args.n} pictures of {args.size}x{args.size} pixels by the model {model}, for each of {len(args.prompts)} prompts")
 
     wanted = [(prompt, seed) for prompt in args.prompts for seed in range(args.seed, args.seed + args.n)]
-    together = max(1, PIXELS // size**2)
+    together = max(1, PIXELS // args.size**2)
     chunks = [wanted[i : i + together] for i in range(0, len(wanted), together)]
     bar = tqdm(total=len(walk) * len(chunks), unit="step")
     pictures, trail = [], []
@@ -129,7 +128,7 @@ def find(model: str | Path) -> Pipeline:
     return of_classes(network, schedule, about["size"])
 
 
-def picture(path: Path, size: int, channels: int) -> Tensor:
+def read(path: Path, size: int, channels: int) -> Tensor:
     """A file of any mode and size -> its middle, (1, channels, size, size) in [-1, 1]."""
     try:
         image = from_bytes(read_picture(path, size))

@@ -6,7 +6,6 @@ has a sixteenth of the pixels to think about; the decoder, trained once and for 
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,6 +106,7 @@ class VAE(nn.Module):
         self.factor = 2 ** (len(widths) - 1)
         self.encoder = Encoder(channels, 2 * latent_channels, widths, blocks, groups)
         self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        nn.init.constant_(self.quant.bias[latent_channels:], -6.0)  # begins with hardly any noise: first learn to copy
         self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(latent_channels, channels, widths, blocks, groups)
 

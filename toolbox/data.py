@@ -74,6 +74,11 @@ class Data:
         """A number that other pictures would not have: the checksum of a thousand of them, evenly spread."""
         return zlib.crc32(self.images[:: len(self.images) // 1000 + 1].numpy().tobytes())
 
+    def batch(self, chosen: Tensor, mirrored: Tensor) -> Tensor:
+        """The chosen pictures in [-1, 1], some of them mirrored: two tensors (B,), indices and flags."""
+        x0 = from_bytes(self.images[chosen])
+        return torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+
 
 def load_data(name: str, size: int | None = None, held_out: bool = False) -> Data:
     """Data by its name (SIZES has them all), or a folder of pictures (if it is called so too: "./cats").

@@ -52,14 +52,18 @@ def save_gif(frames: list[Image.Image], path: Path, seconds: float = 4.0, hold: 
 
 
 def plot_training(history: list[tuple[int, float]], levels: dict[int, float], path: Path) -> None:
-    """Left: the loss as the training went, (step, loss). Right: where it comes from, time step -> loss."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    left.plot(*zip(*history, strict=True))
-    left.set(xlabel="training step", ylabel="mean squared error", yscale="log", title="all noise levels together")
-    right.plot(list(levels), list(levels.values()), marker="o")
-    right.set(xlabel="time step t: little noise ... only noise", yscale="log", title="by noise level, averaged weights")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    """Left: the loss as the training went, (step, loss). Right: where it comes from, time step -> loss, if that is known."""
+    panels = 2 if levels else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.5), layout="constrained", squeeze=False)
+    axes[0, 0].plot(*zip(*history, strict=True))
+    axes[0, 0].set(xlabel="training step", ylabel="loss (mean squared error of the noise)" if levels else "loss", yscale="log")
+    if levels:
+        axes[0, 1].plot(list(levels), list(levels.values()), marker="o")
+        axes[0, 1].set(
+            xlabel="time step t: little noise ... only noise", yscale="log", title="by noise level, averaged weights"
+        )
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)

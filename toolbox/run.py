@@ -15,7 +15,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -120,7 +120,8 @@ class Run:
 
     card: what model.pt says of the network beside its weights. settings: what else must be the same for a run to go on.
     steps: how many in all; asking for more goes on with a finished run. accumulate: in how many parts each process works
-    on its share of a batch. It and the number of processes are no settings: a run may go on with others.
+    on its share of a batch. It and the number of processes are no settings: a run may go on with others. example: what the
+    network takes, (1, ...) each, if it is more than a picture and a time step.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Run:
         device: torch.device,
         precision: str | None = None,
         accumulate: int = 1,
+        example: Sequence[Tensor] | None = None,
     ):
         for flag, number in (("--steps", steps), ("--batch", batch), ("--accumulate", accumulate)):
             check_number(flag, number, 1)
@@ -150,6 +152,7 @@ class Run:
         self.history: list[tuple[int, float]] = []  # (step, mean loss since the entry before)
         self.recent: list[float] = []
         self.parts, self.share = accumulate, batch // (PROCESSES * accumulate)  # a process's parts, and the pictures in each
+        self.example = example or (torch.zeros(1, *data.images.shape[1:]), torch.zeros(1, dtype=torch.long))
         self.last_part, self.loss = True, 0.0  # of the step's parts; and their mean so far
         self.stop_asked = False
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # on CPUs it slows GroupNorm
@@ -181,10 +184,9 @@ class Run:
                     self.last_part = part == self.parts - 1
                     self.parallel.require_backward_grad_sync = self.last_part  # the processes exchange gradients once a step
                     self.generator = generator_for(self.seed, self.k)
-                    chosen = self.mine(torch.randint(len(self.data.images), (self.batch,), generator=self.generator))
+                    self.chosen = self.mine(torch.randint(len(self.data.images), (self.batch,), generator=self.generator))
                     mirrored = self.mine(torch.rand(self.batch, generator=self.generator) < 0.5) & self.data.mirror
-                    x0 = from_bytes(self.data.images[chosen])
-                    yield torch.where(mirrored[:, None, None, None], x0.flip(-1), x0).to(self.device)
+                    yield self.data.batch(self.chosen, mirrored).to(self.device)
         finally:
             self.bar.close()
             for number, handler in previous.items():
@@ -280,13 +282,14 @@ class Run:
 
     def time_step(self, precision: str) -> float:
         """Seconds for the network forward and backward, the best of three: the first ones also look for memory."""
-        x = torch.zeros(self.share, *self.data.images.shape[1:], device=self.device)
-        t = torch.zeros(self.share, dtype=torch.long, device=self.device)
+        inputs = [one.expand(self.share, *one.shape[1:]).to(self.device) for one in self.example]
         seconds = []
         try:
             for _ in range(3):
                 start = time.perf_counter()
-                self.fast(self.network, precision)(x, t).square().mean().backward()
+                outputs = self.fast(self.network, precision)(*inputs)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                sum(y.square().mean() for y in outputs).backward()
                 if self.device.type != "cpu":  # a GPU works on while Python goes on
                     getattr(torch, self.device.type).synchronize()
                 seconds.append(time.perf_counter() - start)
@@ -298,16 +301,16 @@ class Run:
             self.network.zero_grad()
         return min(seconds) * self.parts
 
-    def fast(self, network: nn.Module, precision: str | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    def fast(self, network: nn.Module, precision: str | None = None) -> Callable[..., Tensor]:
         """The same function in the run's precision; the network that learns, together with those of the other processes."""
         network = self.parallel if network is self.network else network
         bfloat16 = (precision or self.precision) == "bfloat16"
 
-        def predict_noise(x_t: Tensor, t: Tensor) -> Tensor:
+        def function(*inputs: Tensor) -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-                return network(x_t, t)
+                return network(*inputs)
 
-        return predict_noise
+        return function
 
     # ---- the folder ------------------------------------------------------------------------------------------------
 
