@@ -9,6 +9,13 @@ from latent_ext.attention import SpatialTransformer
 from unet import UNet
 
 
+class Answers(nn.ModuleList):
+    """Labels (B, questions) long -> context (B, questions, width): an embedding for each question, a token for each answer."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return torch.stack([embed(label) for embed, label in zip(self, labels.T, strict=True)], dim=1)
+
+
 class ClassUNet(nn.Module):
     """A U-Net that is told the classes of its picture: x_t, t, labels (B, questions) long -> noise, the shape of x_t.
 
@@ -21,13 +28,12 @@ class ClassUNet(nn.Module):
         self.unet = UNet(**unet, context_width=context_width, attention_block=SpatialTransformer)
         self.config = self.unet.config | {"classes": {name: list(answers) for name, answers in classes.items()}}
         self.factor, self.check_size = self.unet.factor, self.unet.check_size
-        self.answers = nn.ModuleList([nn.Embedding(len(answers) + 1, context_width) for answers in classes.values()])
+        self.answers = Answers([nn.Embedding(len(answers) + 1, context_width) for answers in classes.values()])
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             labels = torch.zeros(len(x), len(self.answers), dtype=torch.long, device=x.device)
-        context = torch.stack([embed(label) for embed, label in zip(self.answers, labels.T, strict=True)], dim=1)
-        return self.unet(x, t, context)  # context (B, questions, context_width)
+        return self.unet(x, t, self.answers(labels))
 
 
 def labels_of(prompt: str, classes: dict[str, Sequence[str]]) -> list[int]:

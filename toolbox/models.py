@@ -39,26 +39,32 @@ def save_model(path: Path, network: nn.Module, card: dict) -> None:
     write(path, card | {"weights": weights})
 
 
-def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[UNet, NoiseSchedule, dict]:
-    """From a file, or the name of a ready model: the network, its schedule, and the file's other entries."""
+def load_model(
+    name: str | Path, device: torch.device | str = "cpu", make: type[nn.Module] = UNet
+) -> tuple[nn.Module, NoiseSchedule, dict]:
+    """From a file, or the name of a ready model: the network (of the class `make`), its schedule, the file's other entries."""
     path = find_model(name)
     content = read(path)
     if isinstance(content, dict) and "settings" in content:
         raise ValueError(f"{path}: expected a model.pt, this is what a run goes on from; use the model.pt beside it")
     if not isinstance(content, dict) or str(content.get("format")) != str(FORMAT) or "network" not in content:
         raise ValueError(f"{path}: expected a model.pt of this project (format {FORMAT}), this is a file of another kind")
+    by_class = isinstance(content["network"], dict) and "classes" in content["network"]
+    if by_class != (make is not UNet):
+        program = "python -m latent_ext.generate" if by_class else "python sample.py"
+        raise ValueError(f"{path}: this model is {'' if by_class else 'not '}told what to draw; it draws with {program}")
     try:
-        network, schedule = rebuild(content)
+        network, schedule = rebuild(content, make)
     except Exception as error:  # a file may say anything
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
         raise ValueError(f"{path}: its entries do not fit together, the file is damaged ({reason}); use another one") from error
     return network.to(device).eval(), schedule, content
 
 
-def rebuild(content: dict) -> tuple[UNet, NoiseSchedule]:
+def rebuild(content: dict, make: type[nn.Module]) -> tuple[nn.Module, NoiseSchedule]:
     """What the file describes, if it works."""
     with torch.device("meta"):  # shapes only: neither memory nor time for weights that those of the file replace
-        network = UNet(**content["network"])
+        network = make(**content["network"])
     network.load_state_dict(content.pop("weights"), assign=True)
     network = network.float()
     if not all(w.isfinite().all() for w in network.parameters()):

@@ -27,15 +27,15 @@ def to_image(picture: Tensor) -> Image.Image:
     return Image.fromarray((pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).numpy())
 
 
-def grid(images: Tensor) -> Image.Image:
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """(N, C, H, W) in [-1, 1] -> one picture, about as wide as high; small images are enlarged by whole pixels."""
     images = F.interpolate(images, scale_factor=max(1, SMALLEST // images.shape[-1]))
-    columns = math.ceil(math.sqrt(len(images)))
+    columns = columns or math.ceil(math.sqrt(len(images)))
     return to_image(make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1.0))
 
 
-def save_grid(images: Tensor, path: Path) -> None:
-    save(grid(images), path)
+def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
+    save(grid(images, columns), path)
 
 
 def save(image: Image.Image, path: Path) -> None:
