@@ -30,7 +30,7 @@ from toolbox.pictures import loss_by_level, plot_training, save_grid
 from toolbox.run import PROCESSES, Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
-STEPS = {"classes": 3000, "vae": 8000, "clip": 800, "unet": 6000}
+STEPS = {"classes": 3000, "vae": 8000, "clip": 600, "unet": 4000}
 BATCH = {"classes": 16, "vae": 4, "clip": 64, "unet": 16}
 KL_WEIGHT = 1e-6  # small: the latents shall be compact, but above all the picture
 UNTOLD = 10  # one picture in so many is learned without its condition, which guidance needs
@@ -158,8 +158,15 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     data = encode(vae, data, args.device)
 
     torch.manual_seed(args.seed)
-    channels = data.channels
-    network = UNet(channels, channels, (64, 128, 192), 1, (True,) * 3, 4, 1, states.shape[2], SpatialTransformer)
+    network = UNet(
+        data.channels,
+        data.channels,
+        widths=(64, 128, 160),
+        attention=(False, True, False),
+        heads=4,
+        context_width=states.shape[2],
+        attention_block=SpatialTransformer,
+    )
     network.check_size(data.size, data.size)
     schedule = NoiseSchedule.cosine()
     pipeline = Pipeline(network, vae, text, tokenizer, schedule, data.size * vae.factor, "v_prediction", "trailing")
