@@ -5,6 +5,7 @@ Radford et al. 2021. Stable Diffusion needs the text tower only: what it says at
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
