@@ -143,9 +143,8 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
         loss = contrast(scores, captions.to(run.device))  # math.md (17)
         run.step(loss)
         if run.pictures_due():
-            tqdm.write(
-                f"step {run.k}: of 64 captions the right one first: {100 * finds(run.averaged, tokenizer, held_out):.1f} of 100"
-            )
+            found = 100 * finds(run.averaged, tokenizer, held_out)
+            tqdm.write(f"step {run.k}: {found:.1f} of 100 held-out pictures fit their own caption better than 63 others")
             plot_similarity(run.averaged, tokenizer, held_out, run.folder / "similarity.png")
             plot_training(run.history, {}, run.folder / "loss.png")
 
@@ -155,7 +154,7 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     texts, versions = phrasings(data.captions)
     with torch.no_grad():
         states = text(tokenizer(texts).to(args.device))  # (texts, length, width)
-    data = encode(vae, data, args.device)
+    data = encode(vae, data)
 
     torch.manual_seed(args.seed)
     network = UNet(
