@@ -1,4 +1,4 @@
-"""Does it draw what one asks for? `python -m latent_ext.evaluate` lets the evaluation's classifier read the drawn cats.
+"""Does it draw what one asks for? `python -m latent_ext.evaluate` lets the classifier of evaluate.py read the cats.
 
 It reads fur, pattern, eyes and background of each picture. Half of the prompts ask for combinations of them that no
 training has seen, and each guidance scale draws from the same prompts and the same noise.
@@ -7,6 +7,7 @@ training has seen, and each guidance scale draws from the same prompts and the s
 import argparse
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from latent_ext.generate import default_model, find
 from latent_ext.pipeline import Pipeline, text_to_image
 from latent_ext.train import psnr
 from toolbox.cats import ATTRIBUTES
-from toolbox.data import Data, from_bytes, load_data, to_bytes
+from toolbox.data import SIZES, Data, from_bytes, load_data, to_bytes
 from toolbox.files import check_number, errors_in_one_sentence
 from toolbox.metrics import FeatureNet, feature_net
 from toolbox.run import pick_device
@@ -35,7 +36,7 @@ def main() -> None:
     check_number("--n", args.n, 2)
     pipeline = find(args.model or default_model()).to(pick_device(args.device), torch.float32)
     held_out = load_data("cats", pipeline.size, held_out=True)
-    classifier = feature_net(load_data("cats", pipeline.size))
+    classifier = feature_net(load_data("cats"))  # of 32 pixels: it is shown the pictures at that size
 
     with torch.no_grad():
         x0 = from_bytes(held_out.images[:256]).to(pipeline.device)
@@ -77,7 +78,8 @@ def draw(pipeline: Pipeline, prompts: list[str], scale: float, args: argparse.Na
 @torch.no_grad()
 def answers(classifier: FeatureNet, images: Tensor) -> Tensor:
     """What the classifier reads in pictures (N, 3, H, W) of bytes: (N, attributes)."""
-    scores = classifier.answers(classifier.see(images))
+    small = F.interpolate(images.float(), SIZES["cats"], mode="area").round().to(torch.uint8)
+    scores = classifier.answers(classifier.see(small))
     return torch.stack([scores[name].argmax(1) for name in ATTRIBUTES], dim=1)
 
 

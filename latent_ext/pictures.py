@@ -44,7 +44,7 @@ def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path,
     device = network.sharpness.device
     cosines = network.images(from_bytes(images).to(device)) @ network.texts(tokenizer(captions).to(device)).T
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    axes.imshow(cosines.T.cpu(), vmin=-1, vmax=1, cmap="RdBu")
+    axes.imshow(cosines.T.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu")
     for column in range(len(captions)):
         for row in range(len(captions)):
             axes.text(column, row, f"{cosines[column, row]:.2f}", ha="center", va="center", fontsize=8)
