@@ -14,7 +14,6 @@ from latent_ext.generate import find
 from latent_ext.guidance import ClassUNet
 from latent_ext.stable_diffusion import load
 from latent_ext.vae import VAE
-from tests.conftest import ROOT
 from toolbox.cats import ATTRIBUTES, draw
 from toolbox.data import Data, load_data, to_bytes
 from toolbox.models import load_model, read
@@ -249,9 +248,3 @@ def test_pictures_without_captions_or_classes_get_one_sentence(train_here, capti
         train_here("vae")
     with pytest.raises(ValueError, match="no classes"):
         train_here("classes")
-
-
-def test_no_file_of_the_core_knows_of_the_second_evening():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]:
-        lines = path.read_text(encoding="utf8").splitlines()
-        assert not [line for line in lines if line.lstrip().startswith(("import latent_ext", "from latent_ext"))], path
