@@ -47,7 +47,8 @@ def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path,
     axes.imshow(cosines.T.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu")
     for column in range(len(captions)):
         for row in range(len(captions)):
-            axes.text(column, row, f"{cosines[column, row]:.2f}", ha="center", va="center", fontsize=8)
+            colour = "white" if cosines[column, row].abs() > 0.7 else "black"
+            axes.text(column, row, f"{cosines[column, row]:.2f}", ha="center", va="center", fontsize=8, color=colour)
         corner = axes.inset_axes([column - 0.45, -1.55, 0.9, 0.9], transform=axes.transData)
         corner.imshow(to_image(from_bytes(images[column])))
         corner.axis("off")
