@@ -323,15 +323,7 @@ def test_unknown_words_are_named_as_typed():
     words = Tokenizer.of_words(CAPTIONS)
     assert words.unknown("a Purple cat with Pyjamas") == ["Purple", "Pyjamas"]
     assert words.unknown("a white cat") == words.unknown("") == []
-    assert words.unknown("Na\u00efve cats, or nai\u0308ve ones?") == [
-        "Na\u00efve",
-        "cats",
-        ",",
-        "or",
-        "nai\u0308ve",
-        "ones",
-        "?",
-    ]
+    assert words.unknown("Na\u00efve eyes, or nai\u0308ve?") == ["Na\u00efve", ",", "or", "nai\u0308ve", "?"]
 
 
 def test_the_order_of_the_captions_does_not_change_the_vocabulary():
