@@ -3,16 +3,19 @@
 Radford et al. 2021. Stable Diffusion needs the text tower only: what it says at each token is the context of the U-Net.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Rules
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # CLIP's: what is a word
 
 
 class Tokenizer:
@@ -28,6 +31,8 @@ class Tokenizer:
         self.start, self.end = rules.token_to_id(START), rules.token_to_id(END)
         if self.start is None or self.end is None:
             raise ValueError(f"expected a vocabulary with the tokens {START} and {END}")
+        ends = [(START, self.start), (END, self.end)]
+        rules.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
 
     @classmethod
     def of_words(cls, captions: Sequence[str], length: int = 20) -> "Tokenizer":
@@ -37,11 +42,36 @@ class Tokenizer:
         rules.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])  # words and punctuation
         special = [UNKNOWN, START, END]
         rules.train_from_iterator(captions, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
-        start, end = (rules.token_to_id(token) for token in (START, END))
-        rules.post_processor = processors.TemplateProcessing(
-            single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
-        )
         return cls(rules, length)
+
+    @classmethod
+    def of_clip(cls, merges: Sequence[str], vocabulary: dict[str, int] | None = None, length: int = 77) -> "Tokenizer":
+        """CLIP's: each byte is a token, and so is each pair of tokens that a line of merges ("th e</w>") joins.
+
+        </w> ends a word. Without a vocabulary the tokens are numbered in that order.
+        """
+        if vocabulary is None:
+            bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each
+            tokens = [*bytes_, *(byte + "</w>" for byte in bytes_), *(line.replace(" ", "") for line in merges), START, END]
+            vocabulary = {token: i for i, token in enumerate(tokens)}
+        pairs = [tuple(line.split(" ")) for line in merges]
+        rules = Rules(models.BPE(vocabulary, pairs, unk_token=END, end_of_word_suffix="</w>"))
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        rules.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+        pieces = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
+        rules.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        rules.add_special_tokens([START, END])
+        return cls(rules, length)
+
+    @classmethod
+    def load(cls, folder: Path, length: int) -> "Tokenizer":
+        """From a tokenizer.json; or from CLIP's merges.txt, with or without its vocab.json."""
+        if (folder / "tokenizer.json").exists():
+            return cls(Rules.from_file(str(folder / "tokenizer.json")), length)
+        merges = (folder / "merges.txt").read_text("utf-8").split("\n")[1:]  # the first line is a title
+        vocab = folder / "vocab.json"
+        vocabulary = json.loads(vocab.read_text("utf-8")) if vocab.exists() else None
+        return cls.of_clip([line for line in merges if line], vocabulary, length)
 
     @property
     def size(self) -> int:

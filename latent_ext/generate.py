@@ -16,7 +16,7 @@ from toolbox.models import READY, load_model
 from toolbox.pictures import grid, save_gif, save_grid
 from toolbox.run import pick_device
 
-OWN = Path("runs/latent")  # of `python -m latent_ext.train all`
+OWN = Path("runs/cats-latent")  # of `python -m latent_ext.train all`
 PIXELS = 2**18  # go through the networks together, those of one picture of 512x512: more would need more memory
 
 
@@ -54,7 +54,7 @@ def main() -> None:
             check_writable(path)
 
     device = pick_device(args.device)
-    model = args.model or (OWN if (OWN / "model_index.json").exists() else "latent-cats")
+    model = args.model or default_model()
     pipeline = find(model).to(device, torch.float16 if device.type == "cuda" else torch.float32)
     defaults = {"guidance": 7.5, "eta": 0.0} if pipeline.spacing == "leading" else {"guidance": 3.0, "eta": 1.0}
     defaults |= {"size": pipeline.size, "strength": 1.0 if args.mask or not args.init_image else 0.75}
@@ -111,6 +111,10 @@ def main() -> None:
         frames = [torch.cat(trail[step :: len(walk)]) for step in range(len(walk))] + [pictures]
         save_gif([grid(frame, columns) for frame in frames], args.gif)
     print(f"wrote {args.out}" + (f" and {args.gif}" if args.gif else ""))
+
+
+def default_model() -> str | Path:
+    return OWN if (OWN / "model_index.json").exists() else "latent-cats"
 
 
 def find(model: str | Path) -> Pipeline:

@@ -18,18 +18,19 @@ from latent_ext.attention import SpatialTransformer
 from latent_ext.clip import CLIP, ImageEncoder, TextEncoder, Tokenizer, contrast
 from latent_ext.data import encode, left_out, phrasings, select
 from latent_ext.guidance import ClassUNet, guided
+from latent_ext.pictures import plot_similarity
 from latent_ext.pipeline import Pipeline
 from latent_ext.stable_diffusion import save
 from latent_ext.vae import VAE, kl
 from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
-from toolbox.data import SIZES, Data, load_data
+from toolbox.data import SIZES, Data, from_bytes, load_data
 from toolbox.files import check_number, errors_in_one_sentence
 from toolbox.models import card, read
 from toolbox.pictures import loss_by_level, plot_training, save_grid
 from toolbox.run import PROCESSES, Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
-STEPS = {"classes": 3000, "vae": 8000, "clip": 800, "unet": 6000}
+STEPS = {"classes": 3000, "vae": 6000, "clip": 600, "unet": 4000}
 BATCH = {"classes": 16, "vae": 4, "clip": 64, "unet": 16}
 KL_WEIGHT = 1e-6  # small: the latents shall be compact, but above all the picture
 UNTOLD = 10  # one picture in so many is learned without its condition, which guidance needs
@@ -107,13 +108,15 @@ def train_vae(args: argparse.Namespace, data: Data) -> None:
     network = VAE(data.channels, widths=(16, 32, 64))
     latents = torch.zeros(1, 4, data.size // network.factor, data.size // network.factor)
     run = begin(args, "vae", network, data, {"network": network.config}, [picture_and_time(data)[0], latents])
+    with first_process_first():
+        held_out = load_data(args.data, data.size, held_out=True)
     autoencode = run.fast(run.network)
     for x0 in run.batches():
         x, mean, logvar = autoencode(x0, run.randn_like(latents))
         loss = F.mse_loss(x.float(), x0) + KL_WEIGHT * kl(mean.float(), logvar.float())  # math.md (16)
         run.step(loss)
         if run.pictures_due():
-            x0 = run.pictures(32)
+            x0 = from_bytes(held_out.images[:32]).to(run.device)
             with torch.no_grad():
                 x = run.averaged.decode(run.averaged.encode(x0)[0])
             tqdm.write(f"step {run.k}: pictures encoded and decoded again differ by a PSNR of {psnr(x, x0):.1f} dB")
@@ -131,6 +134,8 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
     tokens = tokenizer(texts)  # (texts, length)
     caption = torch.tensor([texts.index(caption) for caption in data.captions])  # which of the texts is each picture's
     run = begin(args, "clip", network, data, about, [picture_and_time(data)[0], tokens[:1]])
+    with first_process_first():
+        held_out = load_data(args.data, data.size, held_out=True)
     fit = run.fast(run.network)
     for x0 in run.batches():
         captions = caption[run.chosen]  # (B,)
@@ -138,6 +143,9 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
         loss = contrast(scores, captions.to(run.device))  # math.md (17)
         run.step(loss)
         if run.pictures_due():
+            found = 100 * finds(run.averaged, tokenizer, held_out)
+            tqdm.write(f"step {run.k}: {found:.1f} of 100 held-out pictures fit their own caption better than 63 others")
+            plot_similarity(run.averaged, tokenizer, held_out, run.folder / "similarity.png")
             plot_training(run.history, {}, run.folder / "loss.png")
 
 
@@ -146,11 +154,18 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     texts, versions = phrasings(data.captions)
     with torch.no_grad():
         states = text(tokenizer(texts).to(args.device))  # (texts, length, width)
-    data = encode(vae, data, args.device)
+    data = encode(vae, data)
 
     torch.manual_seed(args.seed)
-    channels = data.channels
-    network = UNet(channels, channels, (64, 128, 192), 1, (True,) * 3, 4, 1, states.shape[2], SpatialTransformer)
+    network = UNet(
+        data.channels,
+        data.channels,
+        widths=(64, 128, 160),
+        attention=(False, True, False),
+        heads=4,
+        context_width=states.shape[2],
+        attention_block=SpatialTransformer,
+    )
     network.check_size(data.size, data.size)
     schedule = NoiseSchedule.cosine()
     pipeline = Pipeline(network, vae, text, tokenizer, schedule, data.size * vae.factor, "v_prediction", "trailing")
@@ -167,6 +182,23 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
             show_unet(run, schedule, states[versions[:36, 0]], states[:1], vae)
             save(replace(pipeline, unet=run.averaged), args.out)
     print(f"{args.out} is a Stable Diffusion: python -m latent_ext.generate 'A TEXT' --model {args.out}")
+
+
+@torch.no_grad()
+def finds(network: CLIP, tokenizer: Tokenizer, data: Data, among: int = 64) -> float:
+    """The share of pictures that fit their own caption better than 63 other captions, drawn at random but all different."""
+    device = network.sharpness.device
+    texts = sorted(set(data.captions))
+    directions = network.texts(tokenizer(texts).to(device)).cpu()  # (texts, width)
+    generator, right = torch.Generator().manual_seed(0), []
+    for i, caption in enumerate(data.captions[:512]):
+        picture = network.images(from_bytes(data.images[i : i + 1]).to(device)).cpu()
+        fit = (picture @ directions.T)[0]  # (texts,)
+        own = texts.index(caption)
+        others = torch.randperm(len(texts), generator=generator)
+        others = others[others != own][: among - 1]
+        right.append(bool((fit[own] > fit[others]).all()))
+    return sum(right) / len(right)
 
 
 def load_parts(folder: Path, device: torch.device) -> tuple[VAE, TextEncoder, Tokenizer]:

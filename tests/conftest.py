@@ -1,6 +1,7 @@
 """What the tests share: a folder of small pictures, and a training of a tiny network in a process of its own or in this one."""
 
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,9 +54,11 @@ def train_here(photos, monkeypatch, capsys):
 
 
 def command(*words, check=True):
-    """A program of this repository, as a user types it."""
-    words = [sys.executable, str(ROOT / words[0]), *map(str, words[1:])]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    """A program of this repository, as a user types it: command("train.py", ...), command("-m", "latent_ext.train", ...)."""
+    program = [] if words[0] == "-m" else [str(ROOT / words[0])]
+    words = [sys.executable, *program, *map(str, words[len(program) :])]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the tests' own folder is another one
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert not check or result.returncode == 0, result.stderr
     return result
 

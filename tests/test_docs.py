@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, command
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
+SECOND = (ROOT / "latent_ext" / "README.md").read_text(encoding="utf8")
 
 
 def core_lines(path):
@@ -23,9 +24,10 @@ def test_the_algorithms_in_the_readme_are_the_code(start, file):
     assert block in (ROOT / file).read_text(encoding="utf8")
 
 
-def test_every_file_that_is_linked_is_there():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", ["README.md", "latent_ext/README.md", "models/README.md"])
+def test_every_file_that_is_linked_is_there(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf8")):
+        assert ((ROOT / page).parent / link).exists(), link
 
 
 def test_the_file_map_counts_right():
@@ -34,18 +36,20 @@ def test_the_file_map_counts_right():
     assert len(README.splitlines()) <= 250
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "evaluate.py"])
-def test_every_flag_in_the_readme_is_one_of_the_program(program, here):
-    options = command(program, "--help").stdout
-    used = {flag for line in README.splitlines() if f"python {program}" in line for flag in re.findall(r"--\w+", line)}
-    assert used - {"--help"} <= set(re.findall(r"--\w+", options)) and used
+@pytest.mark.parametrize("program", ["train.py", "sample.py", "evaluate.py", "-m latent_ext.train", "-m latent_ext.generate"])
+def test_every_flag_in_the_readmes_is_one_of_the_program(program, here):
+    options = command(*program.split(), "--help").stdout
+    lines = [line for line in (README + SECOND).splitlines() if f"python {program}" in line]
+    used = {flag for line in lines for flag in re.findall(r"--[\w-]+", line)}
+    assert used - {"--help"} <= set(re.findall(r"--[\w-]+", options)) and used
 
 
 def test_the_checksums_of_the_ready_models_are_right():
     """models/README.md names every file that lies there, and no file lies there that it does not name."""
     folder = ROOT / "models"
-    rows = re.findall(r"^\| `([\w./-]+\.pt)` .*\| `([0-9a-f]{64})` \|$", (folder / "README.md").read_text(), flags=re.MULTILINE)
-    assert {name for name, _ in rows} == {p.relative_to(folder).as_posix() for p in folder.rglob("*.pt")}
+    rows = re.findall(r"^\| `([\w./-]+)` .*\| `([0-9a-f]{64})` \|$", (folder / "README.md").read_text(), flags=re.MULTILINE)
+    weights = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors")}
+    assert {name for name, _ in rows} == weights
     for name, checksum in rows:
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum, name
     assert sum((folder / name).stat().st_size for name, _ in rows) < 60e6

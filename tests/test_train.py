@@ -324,7 +324,7 @@ def test_it_learns(tmp_path):
 def test_the_faster_precision_is_taken_and_stored(tmp_path, capsys):
     run, _ = tiny_run(tmp_path)
     run.precision = None
-    run.time_step = lambda precision: {"float32": 2.0, "bfloat16": 1.0}[precision]
+    run.time_step = lambda precision, hopeless: {"float32": 2.0, "bfloat16": 1.0}[precision]
     run.announce()
     assert run.precision == "bfloat16" and "float32 2.00 s, bfloat16 1.00 s" in capsys.readouterr().out
     run.k = 1
@@ -343,7 +343,7 @@ def test_without_a_wish_the_first_device_that_works_is_taken(monkeypatch):
 def test_timing_changes_no_weight_and_leaves_no_gradient(tmp_path):
     run, _ = tiny_run(tmp_path)
     before = copy.deepcopy(run.network.state_dict())
-    run.time_step("float32")
+    run.time_step("float32", float("inf"))
     assert all(torch.equal(w, before[name]) for name, w in run.network.state_dict().items())
     assert all(p.grad is None for p in run.network.parameters())
 

@@ -116,8 +116,7 @@ def train_feature_net(data: Data, steps: int = 600, batch: int = 128) -> Feature
                 x = torch.stack([picture.rot90(int(turns), (1, 2)) for picture, turns in zip(x, right["turned"], strict=True)])
             right["damage"] = (torch.rand(batch) < 0.5) * torch.randint(1, len(DAMAGES), (batch,))
             x = torch.stack([damage(p, DAMAGES[k], o) for p, k, o in zip(x, right["damage"].tolist(), others, strict=True)])
-            with torch.autocast("cpu", torch.bfloat16):
-                scores = network.answers(network.features(x))
+            scores = network.answers(network.features(x))
             loss = sum(F.cross_entropy(scores[name], right[name]) for name in scores)
             optimizer.zero_grad()
             loss.backward()
