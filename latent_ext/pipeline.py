@@ -89,7 +89,9 @@ class Pipeline:
 def text_to_image(pipeline: Pipeline, prompts: Sequence[str], size: int | None = None, **how: object) -> Tensor:
     """A picture for each prompt, (B, C, size, size). how: as in the two below, what else `denoise` can be told."""
     size = (size or pipeline.size) // pipeline.vae.factor
-    z0 = torch.zeros(len(prompts), pipeline.vae.config["latent_channels"], size, size, device=pipeline.weight.device)
+    dtype = torch.promote_types(pipeline.weight.dtype, torch.float32)  # the sampler never calculates in 16 bits
+    shape = (len(prompts), pipeline.vae.config["latent_channels"], size, size)
+    z0 = torch.zeros(shape, dtype=dtype, device=pipeline.weight.device)
     return pipeline.decode(denoise(pipeline, prompts, z0, **how))
 
 
