@@ -35,10 +35,6 @@ class Pipeline:
     clip: bool = False  # are the latents known to lie in [-1, 1]?
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.conv.weight.device
-
-    @property
     def weight(self) -> Tensor:
         """Any of the networks' numbers: it tells their device and precision."""
         return next(self.text_encoder.parameters())
