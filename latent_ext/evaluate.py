@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
     check_number("--n", args.n, 2)
-    pipeline = find(args.model or default_model()).to(pick_device(args.device), torch.float32)
+    pipeline = find(args.model or default_model(), pick_device(args.device))
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
         raise ValueError(f"--data {args.data}: its pictures have no classes, so nobody knows what is right")

@@ -55,7 +55,7 @@ def main() -> None:
 
     device = pick_device(args.device)
     model = args.model or default_model()
-    pipeline = find(model).to(device, torch.float16 if device.type == "cuda" else torch.float32)
+    pipeline = find(model, device, torch.float16 if device.type == "cuda" else torch.float32)
     defaults = {"guidance": 7.5, "eta": 0.0} if pipeline.spacing == "leading" else {"guidance": 3.0, "eta": 1.0}
     defaults |= {"size": pipeline.size, "strength": 1.0 if args.mask or not args.init_image else 0.75}
     for name, default in defaults.items():
@@ -117,7 +117,7 @@ def default_model() -> str | Path:
     return OWN if (OWN / "model_index.json").exists() else "latent-cats"
 
 
-def find(model: str | Path) -> Pipeline:
+def find(model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pipeline:
     """By its path or its ready name, of whichever kind."""
     path = Path(model)
     ready = {index.parent.name: index.parent for index in sorted(READY.glob("*/model_index.json"))}
@@ -127,8 +127,8 @@ def find(model: str | Path) -> Pipeline:
             raise ValueError(f"--model {model}: no such file or folder, and no ready model; ready models: {known}")
         path = ready[str(model)]
     if path.suffix != ".pt":
-        return load(path)
-    network, schedule, about = load_model(path, make=ClassUNet)
+        return load(path, device, dtype)
+    network, schedule, about = load_model(path, device, ClassUNet)
     return of_classes(network, schedule, about["size"])
 
 

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("latent_ext/pictures"), help="a folder")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    pipeline = find(args.model or default_model()).to(pick_device(args.device), torch.float32)
+    pipeline = find(args.model or default_model(), pick_device(args.device))
     data = load_data("cats", pipeline.size, held_out=True)
     x0 = from_bytes(data.images[:8]).to(pipeline.device)
 

@@ -35,18 +35,13 @@ class Pipeline:
     clip: bool = False  # are the latents known to lie in [-1, 1]?
 
     @property
-    def device(self) -> torch.device:
-        return self.unet.conv.weight.device
-
-    @property
     def weight(self) -> Tensor:
         """Any of the networks' numbers: it tells their device and precision."""
         return next(self.text_encoder.parameters())
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Pipeline":
-        for network in (self.unet, self.vae, self.text_encoder):
-            network.to(device, dtype).eval()
-        return self
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
 
     @property
     def predict_noise(self) -> Callable[..., Tensor]:
@@ -59,7 +54,7 @@ class Pipeline:
 
     def states(self, texts: Sequence[str]) -> Tensor:
         """What the U-Net looks at: (B, length, width)."""
-        return self.text_encoder(self.tokenizer(texts).to(self.weight.device))
+        return self.text_encoder(self.tokenizer(texts).to(self.device))
 
     def encode(self, images: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> latents, one of those that each image may have."""
@@ -91,7 +86,7 @@ def text_to_image(pipeline: Pipeline, prompts: Sequence[str], size: int | None =
     size = (size or pipeline.size) // pipeline.vae.factor
     dtype = torch.promote_types(pipeline.weight.dtype, torch.float32)  # the sampler never calculates in 16 bits
     shape = (len(prompts), pipeline.vae.config["latent_channels"], size, size)
-    z0 = torch.zeros(shape, dtype=dtype, device=pipeline.weight.device)
+    z0 = torch.zeros(shape, dtype=dtype, device=pipeline.device)
     return pipeline.decode(denoise(pipeline, prompts, z0, **how))
 
 
@@ -115,7 +110,7 @@ def inpaint(
     **how: object,
 ) -> Tensor:
     """The same, but only where the masks (B, 1, H, W) are 1, white. Where they are 0 every pixel is kept."""
-    images, white = images.to(pipeline.weight.device), masks.to(pipeline.weight.device) >= 0.5
+    images, white = images.to(pipeline.device), masks.to(pipeline.device) >= 0.5
     z0 = pipeline.encode(images, generator)
     hole = white[:, :, :: pipeline.vae.factor, :: pipeline.vae.factor]  # (B, 1, h, w)
     if pipeline.unet.config["in_channels"] > z0.shape[1]:  # a U-Net trained for this: it is shown the hole, and what is around

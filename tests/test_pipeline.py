@@ -39,8 +39,8 @@ def tiny_pipeline(in_channels=4, dtype=torch.float64, **how):
         for p in network.parameters():
             numbers = torch.randn(p.shape, generator=generator)
             p.data = 0.5 + 0.2 * numbers if p.ndim == 1 else numbers / p[0].numel() ** 0.5
-    pipeline = Pipeline(unet, vae, text_encoder, tokenizer, size=32, **(LIKE_STABLE_DIFFUSION | how))
-    return pipeline.to(torch.device("cpu"), dtype)
+        network.to(dtype)
+    return Pipeline(unet, vae, text_encoder, tokenizer, size=32, **(LIKE_STABLE_DIFFUSION | how))
 
 
 def seeds(n=2, first=0):
