@@ -73,7 +73,7 @@ def main() -> None:
         if left_out := pipeline.tokenizer.left_out(text):
             print(f"warning: {text!r} is too long for this model; it is not told: {left_out!r}")
         if unknown := pipeline.tokenizer.unknown(text):
-            print(f"warning: {text!r}: this model does not know the words: {', '.join(unknown)}")
+            print(f"warning: {text!r}: this model does not know {', '.join(map(repr, unknown))}")
 
     begin = []  # what there is to begin with
     if args.init_image:

@@ -205,6 +205,7 @@ class Labels:
         return ""
 
     def unknown(self, text: str) -> list[str]:
+        labels_of(text, self.classes)  # or the error
         return []
 
 
