@@ -57,6 +57,10 @@ def main() -> None:
     latent = args.part != "classes"
     with first_process_first():
         data = load_data(args.data, args.size or (64 if latent else None))
+    if latent and data.size % 16:
+        raise ValueError(
+            f"--size {data.size}: expected a multiple of 16; the VAE halves a picture twice, and then the U-Net twice"
+        )
     args.out = args.out or Path("runs") / f"{data.name}-{'latent' if latent else 'classes'}"
     if data.name == "cats":
         data = select(data, ~left_out(data.labels))

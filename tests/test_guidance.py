@@ -189,6 +189,11 @@ def test_a_single_question_needs_no_name():
     assert labels_of("7", digits) == labels_of("7 digit", digits) == [8] and labels_of("0", digits) == [1]
 
 
+def test_a_question_that_is_answered_twice_is_named():
+    with pytest.raises(ValueError, match="one answer for eyes"):
+        labels_of("green eyes, blue eyes", {"eyes": ("green", "blue")})
+
+
 def test_an_answer_of_several_questions_needs_a_name():
     with pytest.raises(ValueError, match=r"'green': expected 'green' \+ eyes or 'green' \+ background.* all of them"):
         labels_of("black, green", CATS)
