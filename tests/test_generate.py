@@ -50,8 +50,8 @@ def cells(path, columns, rows):
 
 
 def test_each_prompt_has_a_row_and_each_seed_a_column(draw_here, here):
-    draw_here("an orange cat", "a black dog", "--n", 3)
-    both = cells(here / "samples.png", 3, 2)
+    draw_here("an orange cat", "a black dog", "--n", 4)
+    both = cells(here / "samples.png", 4, 2)  # as one would not arrange eight pictures otherwise
     draw_here("a black dog", "--n", 1, "--seed", 2, "--out", "one.png")
     assert (cells(here / "one.png", 1, 1)[0, 0] - both[1, 2]).abs().max() <= 1  # whoever stands beside it
     assert (both[1, 2] - both[1, 1]).abs().max() > 20
