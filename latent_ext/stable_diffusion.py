@@ -45,8 +45,11 @@ WHAT = "weights of Stable Diffusion v1.x"
 
 # The names: what a layer of ours is called by diffusers, and what by the original's authors.
 
-RES = {"time": "time_emb_proj", "skip": "conv_shortcut"}  # diffusers' other words in a residual block; the original's U-Net's:
-ORIGINAL_RES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1"} | {
+RES = {"time": "time_emb_proj", "skip": "conv_shortcut"}  # diffusers' words where they are not ours
+ORIGINAL_RES = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time": "emb_layers.1",
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "skip": "skip_connection",
