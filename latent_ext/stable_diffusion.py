@@ -45,8 +45,11 @@ WHAT = "weights of Stable Diffusion v1.x"
 
 # The names: what a layer of ours is called by diffusers, and what by the original's authors.
 
-RES = {"time": "time_emb_proj", "skip": "conv_shortcut"}  # diffusers' other words in a residual block; the original's U-Net's:
-ORIGINAL_RES = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time": "emb_layers.1"} | {
+RES = {"time": "time_emb_proj", "skip": "conv_shortcut"}  # diffusers' words where they are not ours
+ORIGINAL_RES = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time": "emb_layers.1",
     "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "skip": "skip_connection",
@@ -292,12 +295,13 @@ def load_file(path: Path, device: torch.device | str, dtype: torch.dtype | None)
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped into memory: what is not used is never read. Nothing that the file may say is executed."""
-    path.stat()  # is it there?
-    number = np.float64().__reduce__()[0]
-    checkpoint = type("ModelCheckpoint", (), {})  # Lightning's, named in the original .ckpt, of no use here
+    path.open("rb").close()  # is it there, and may it be read?
+    checkpoint = type("ModelCheckpoint", (), {})  # stands for Lightning's, which the original .ckpt names
+    number = np.float64().__reduce__()[0]  # what makes a number of NumPy's from bytes; NumPy 1 called it:
     harmless = [
         (checkpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
         (number, "numpy.core.multiarray.scalar"),
+        number,
         np.dtype,
         type(np.dtype("float64")),
     ]
@@ -484,7 +488,11 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
     write_weights(folder / "text_encoder" / "model.safetensors", text, "text_model.")
     write_json(
         folder / "text_encoder" / "config.json",
-        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "projection_dim": text.config["width"]}
+        {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "torch_dtype": "float32",
+        }  # computes in, if not asked
         | their_config(text.config, TEXT_WORDS, TEXT_FIXED)
         | ids,
     )
