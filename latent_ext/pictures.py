@@ -81,13 +81,15 @@ def main() -> None:
     panels(rows, args.out / "guidance.png", [f"guidance {scale}" for scale in scales])
 
     strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    first = x0[:1]
-    rows = [[first[0], *(image_to_image(pipeline, [cat], first, strength=s, generator=seeds(1), **HOW)[0] for s in strengths)]]
-    panels(rows, args.out / "strength.png", titles=[["the input", *(f"strength {s}" for s in strengths)]])
+    how = [{"strength": strength} | HOW for strength in strengths]
+    made = [x0[:4], *(image_to_image(pipeline, [cat] * 4, x0[:4], generator=seeds(4), **one) for one in how)]
+    titles = [["the input", *(f"strength {strength}" for strength in strengths)], *[[""] * 7] * 3]
+    panels([*torch.stack(made, dim=1)], args.out / "strength.png", titles=titles)
 
     mask = torch.zeros(1, 1, pipeline.size, pipeline.size)
     mask[..., : pipeline.size * 5 // 8, :] = 1  # the head
-    heads = [f"a {fur} cat with blue eyes" for fur in ("black", "grey", "white")] + ["an orange tabby cat with blue eyes"]
+    heads = ["a black cat", "a grey cat", "a white cat", "an orange tabby cat"]
+    heads = [f"{head} with blue eyes on a pink background" for head in heads]
     first, hole = (x.expand(len(heads), -1, -1, -1) for x in (x0[1:2], mask))
     made = inpaint(pipeline, heads, first, hole, generator=seeds(len(heads)), **HOW)
     seen = torch.where(mask.to(x0) > 0, torch.ones_like(first), first)
@@ -111,25 +113,29 @@ def show_latents(pipeline: Pipeline, x0: Tensor, path: Path) -> None:
 
 @torch.no_grad()
 def show_attention(pipeline: Pipeline, prompt: str, path: Path) -> None:
-    """Where the pixels looked at each word: the softmax of the cross-attentions, a mean over heads, blocks and time steps."""
+    """Where the pixels looked at each word, beside how much they looked at words at all.
+
+    The softmax of the cross-attentions, a mean over heads, blocks and time steps; of guidance's two calls that with the text.
+    """
     seen = []
 
     def record(module: Attention, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
         sides = module.q(inputs[0]), module.k(inputs[1])
         q, k = (rearrange(side, "b n (heads d) -> b heads n d", heads=module.heads) for side in sides)
-        seen.append((q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)[0])  # (pixels, tokens)
+        seen.append((q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)[-1])  # (pixels, tokens)
 
     blocks = [module for module in pipeline.unet.modules() if isinstance(module, SpatialTransformer)]
     hooks = [block.attn2.register_forward_hook(record) for block in blocks]
-    picture = text_to_image(pipeline, [prompt], generator=seeds(1), **HOW | {"guidance": 1})
+    picture = text_to_image(pipeline, [prompt], generator=seeds(1), **HOW)
     for hook in hooks:
         hook.remove()
     sharpest = max(len(maps) for maps in seen)
     maps = torch.stack([maps for maps in seen if len(maps) == sharpest]).mean(0).T  # (tokens, pixels)
     side = int(sharpest**0.5)
     words = prompt.split()
+    maps = maps[1 : 1 + len(words)] / maps[1 : 1 + len(words)].mean(0)  # without START and what comes after the text
     columns, names = [picture[0]], ["the picture"]
-    for i, word in enumerate(words, start=1):
+    for i, word in enumerate(words):
         if word not in ("a", "an", "with", "on"):
             one = maps[i].view(1, 1, side, side)
             one = (one - one.min()) / (one.max() - one.min())

@@ -214,7 +214,7 @@ def test_classes_are_told_by_the_labels_and_left_out_by_picture(train_here, monk
     monkeypatch.setattr(
         ClassUNet, "forward", lambda self, x, t, labels=None: told.append(labels) or forward(self, x, t, labels)
     )
-    monkeypatch.setattr(latent_ext.train, "STEPS", TINY | {"classes": 60})
+    monkeypatch.setattr(latent_ext.train, "STEPS", TINY | {"classes": 30})
     monkeypatch.setattr(toolbox.run, "SAVE_EVERY", 1000)
     train_here("classes")
     labels = torch.cat(told[3:])  # after the timing of a step
