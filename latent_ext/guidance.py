@@ -54,7 +54,10 @@ def labels_of(prompt: str, classes: dict[str, Sequence[str]]) -> list[int]:
             meant = " or ".join(f"{piece!r} + {name}" for name, _ in fits)
             why = f"expected {meant}, all of them know it" if fits else "this model has no such class"
             raise ValueError(f"{piece!r}: {why}. Its classes: {known} (several: between commas)")
-        labels[fits[0][0]] = 1 + fits[0][1]
+        name, answer = fits[0]
+        if labels[name]:
+            raise ValueError(f"{prompt!r}: expected one answer for {name}, got two")
+        labels[name] = 1 + answer
     return list(labels.values())
 
 

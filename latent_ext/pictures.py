@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,7 +48,8 @@ def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path,
     axes.imshow(cosines.T.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu")
     for column in range(len(captions)):
         for row in range(len(captions)):
-            axes.text(column, row, f"{cosines[column, row]:.2f}", ha="center", va="center", fontsize=8)
+            colour = "white" if cosines[column, row].abs() > 0.7 else "black"
+            axes.text(column, row, f"{cosines[column, row]:.2f}", ha="center", va="center", fontsize=8, color=colour)
         corner = axes.inset_axes([column - 0.45, -1.55, 0.9, 0.9], transform=axes.transData)
         corner.imshow(to_image(from_bytes(images[column])))
         corner.axis("off")
@@ -68,8 +70,8 @@ def main() -> None:
     data = load_data("cats", pipeline.size, held_out=True)
     x0 = from_bytes(data.images[:8]).to(pipeline.device)
 
-    prompts = PROMPTS[:12]
-    panels([*text_to_image(pipeline, prompts, generator=seeds(len(prompts)), **HOW).split(4)], args.out / "text.png")
+    drawn = text_to_image(pipeline, PROMPTS, generator=seeds(len(PROMPTS)), **HOW)
+    panels([*drawn.split(6)], args.out / "text.png", titles=[PROMPTS[:6], PROMPTS[6:]])
     show_latents(pipeline, x0, args.out / "latents.png")
     show_attention(pipeline, "an orange tabby cat with green eyes on a pink background", args.out / "attention.png")
 
@@ -81,7 +83,7 @@ def main() -> None:
     strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     first = x0[:1]
     rows = [[first[0], *(image_to_image(pipeline, [cat], first, strength=s, generator=seeds(1), **HOW)[0] for s in strengths)]]
-    panels(rows, args.out / "strength.png", columns=["the input", *(f"strength {s}" for s in strengths)])
+    panels(rows, args.out / "strength.png", titles=[["the input", *(f"strength {s}" for s in strengths)]])
 
     mask = torch.zeros(1, 1, pipeline.size, pipeline.size)
     mask[..., : pipeline.size * 5 // 8, :] = 1  # the head
@@ -89,7 +91,7 @@ def main() -> None:
     first, hole = (x.expand(len(heads), -1, -1, -1) for x in (x0[1:2], mask))
     made = inpaint(pipeline, heads, first, hole, generator=seeds(len(heads)), **HOW)
     seen = torch.where(mask.to(x0) > 0, torch.ones_like(first), first)
-    panels([[first[0], seen[0], *made]], args.out / "inpainting.png", columns=["the input", "white: repainted", *heads])
+    panels([[first[0], seen[0], *made]], args.out / "inpainting.png", titles=[["the input", "white: repainted", *heads]])
 
 
 def seeds(n: int) -> list[torch.Generator]:
@@ -134,21 +136,21 @@ def show_attention(pipeline: Pipeline, prompt: str, path: Path) -> None:
             lit = F.interpolate(one, picture.shape[2:], mode="bilinear")
             columns.append(((picture + 1) * (0.15 + 0.85 * lit) - 1)[0])
             names.append(word)
-    panels([columns], path, columns=names)
+    panels([columns], path, titles=[names])
 
 
-def panels(rows: list, path: Path, names: list[str] | None = None, columns: list[str] | None = None) -> None:
-    """Rows of pictures (3, H, W) in [-1, 1], a name beside each row and above each column, where there are names."""
-    wide = max(len(row) for row in rows)
-    figure, axes = plt.subplots(len(rows), wide, figsize=(1.3 * wide, 1.35 * len(rows)), layout="constrained", squeeze=False)
+def panels(rows: list, path: Path, names: Sequence[str] = (), titles: Sequence[Sequence[str]] = ()) -> None:
+    """Rows of pictures (3, H, W) in [-1, 1]; names: one beside each row; titles: for each row one above each picture."""
+    wide, high = max(len(row) for row in rows), 1.75 if titles else 1.35
+    figure, axes = plt.subplots(len(rows), wide, figsize=(1.4 * wide, high * len(rows)), layout="constrained", squeeze=False)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             axes[y, x].imshow(to_image(picture))
             axes[y, x].set(xticks=[], yticks=[])
-            if names and x == 0:
-                axes[y, x].set_ylabel(names[y], rotation=0, ha="right", va="center")
-            if columns and y == 0:
-                axes[y, x].set_title(textwrap.fill(columns[x], 16), fontsize=8)
+            if titles:
+                axes[y, x].set_title(textwrap.fill(titles[y][x], 20), fontsize=7)
+        if names:
+            axes[y, 0].set_ylabel(names[y], rotation=0, ha="right", va="center")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)

@@ -30,7 +30,7 @@ from toolbox.pictures import loss_by_level, plot_training, save_grid
 from toolbox.run import PROCESSES, Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
-STEPS = {"classes": 3000, "vae": 6000, "clip": 600, "unet": 4000}
+STEPS = {"classes": 3000, "vae": 6000, "clip": 600, "unet": 2500}
 BATCH = {"classes": 16, "vae": 4, "clip": 64, "unet": 16}
 KL_WEIGHT = 1e-6  # small: the latents shall be compact, but above all the picture
 UNTOLD = 10  # one picture in so many is learned without its condition, which guidance needs
@@ -57,6 +57,10 @@ def main() -> None:
     latent = args.part != "classes"
     with first_process_first():
         data = load_data(args.data, args.size or (64 if latent else None))
+    if latent and data.size % 16:
+        raise ValueError(
+            f"--size {data.size}: expected a multiple of 16; the VAE halves a picture twice, and then the U-Net twice"
+        )
     args.out = args.out or Path("runs") / f"{data.name}-{'latent' if latent else 'classes'}"
     if data.name == "cats":
         data = select(data, ~left_out(data.labels))

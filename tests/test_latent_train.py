@@ -232,6 +232,7 @@ def test_classes_are_told_by_the_labels_and_left_out_by_picture(train_here, monk
         (("all", "--steps", 5), "one part"),
         (("vae", "--accumulate", 2), "trained by one process"),
         (("clip", "--accumulate", 2), "trained by one process"),
+        (("vae", "--size", 40), "a multiple of 16"),
     ],
 )
 def test_what_cannot_be_trained_gets_one_sentence(train_here, arguments, words):

@@ -1,14 +1,19 @@
 """The derivation of docs/math.md, carried out with numbers; and its numbers and the code's comments agree."""
 
+import math
 import re
 
 import pytest
 import torch
 from conftest import ROOT
+from test_guidance import normal_classes
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
 
+from latent_ext.clip import contrast
+from latent_ext.guidance import guided
+from latent_ext.vae import kl
 from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
-from toolbox.cats import draw
+from toolbox.cats import caption, describe, draw
 from toolbox.data import from_bytes, to_bytes
 from toolbox.metrics import LinearDenoiser, frechet_distance, kernel_distance
 
@@ -347,6 +352,138 @@ def test_what_the_two_distances_do_not_see():
     assert abs(kernel_distance(coin, normal)) < 0.05
 
 
+# ---- the second evening: latents, captions, guidance ----------------------------------------------------------------
+
+
+def test_the_bound_of_an_autoencoder_is_tight_where_it_can_be():
+    """math.md (16): z standard normal, x = 0.7 z + normal noise of variance v. Both sides are known, and equal for the z that
+    Bayes finds behind x; any other cloud costs more."""
+    v, b, x = torch.tensor([0.2, 0.7, 1.3], dtype=torch.float64)
+
+    def bound(m, s):
+        decoded = ((x - b * m) ** 2 + (b * s) ** 2) / (2 * v)  # the mean over z = m + s noise
+        return decoded + kl(m, (s**2).log()) + torch.log(2 * torch.pi * v) / 2
+
+    m, s = b * x / (b**2 + v), (v / (b**2 + v)).sqrt()
+    exact = -Normal(0.0, (b**2 + v).sqrt()).log_prob(x)
+    torch.testing.assert_close(bound(m, s), exact)
+    for other in (bound(m + 0.1, s), bound(m - 0.1, s), bound(m, 1.2 * s), bound(m, 0.8 * s)):
+        assert other > exact
+
+
+def test_the_weight_of_the_divergence():
+    """Section 10: a latent known to a hundredth; the weight in means; and the best cloud under a weight, by trying all."""
+    s = torch.tensor(0.01)
+    nats = float(re.search(r"costs log 100 = ([\d.]+) nats", prose())[1])
+    assert kl((1 - s**2).sqrt(), (s**2).log()).item() == pytest.approx(nats, abs=0.05)
+
+    error, v, weight = map(float, re.search(r"36 dB \(([\d.]+), so that v = ([\d.]+)\) that is ([\d.]+\d)", prose()).groups())
+    exact = (2 * 10 ** (-36 / 20)) ** 2  # 36 dB below the square of the range, which is 2
+    assert exact == pytest.approx(error**2, rel=0.03) and exact == pytest.approx(v, rel=0.01)
+    assert 2 * exact * (16 * 16 * 4) / (64 * 64 * 3) == pytest.approx(weight, rel=0.03)
+
+    a, s2 = torch.meshgrid(torch.linspace(0, 1.2, 241), torch.linspace(0.005, 1.2, 240), indexing="ij")  # z = a x + s noise
+    for weight in (0.1, 0.5, 2.5):
+        divergence = (a**2 + s2 - 1 - s2.log()) / 2
+        i = (s2 / (a**2 + s2) + weight * divergence).argmin()  # the best line through z leaves s2 / (a^2 + s2) of x
+        assert divergence.flatten()[i].item() == pytest.approx(kl(a.flatten()[i], s2.log().flatten()[i]).item(), abs=1e-6)
+        assert s2.flatten()[i].item() == pytest.approx(min(1, weight / 2), abs=0.006)
+        assert (a.flatten()[i] == 0) == (weight > 2)
+
+
+def test_latents_without_their_scale():
+    """Section 10: what is left of them at the end of Stable Diffusion's schedule."""
+    left = NoiseSchedule.scaled_linear().alpha_bar[-1].sqrt().item()
+    scale = float(re.search(r"1 / spread \(Stable Diffusion: ([\d.]+)\)", prose())[1])
+    spread = float(re.search(r"Stable Diffusion have a spread of ([\d.]+\d)", prose())[1])
+    found = re.search(r"schedule ([\d.]+) of the picture would be left as intended, .* but ([\d.]+) of such latents", prose())
+    assert spread == pytest.approx(1 / scale, abs=0.05)
+    assert float(found[1]) == pytest.approx(left, abs=0.005) and float(found[2]) == pytest.approx(left / scale, abs=0.005)
+
+
+def test_the_contrastive_loss_is_its_formula():
+    """math.md (17), pair by pair, in plain Python."""
+    captions = [4, 1, 4, 4, 0, 1]
+    scores = (3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).tolist()
+
+    def mean_loss(scores):
+        total = 0.0
+        for i, row in enumerate(scores):
+            everything = sum(math.exp(score) for score in row)
+            right = [j for j in range(6) if captions[j] == captions[i]]
+            total -= sum(math.log(math.exp(row[j]) / everything) for j in right) / len(right)
+        return total / 6
+
+    expected = (mean_loss(scores) + mean_loss(list(zip(*scores, strict=True)))) / 2
+    assert contrast(torch.tensor(scores), torch.tensor(captions)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_how_many_drawings_share_their_caption():
+    """The numbers of section 11."""
+    found = re.search(r"have (\d+) captions: in a batch of 64, about (\d+) pictures share", prose())
+    texts = [caption(describe(0, i, {})) for i in range(64 * 200)]
+    number = {text: i for i, text in enumerate(sorted(set(texts)))}
+    assert len(number) == int(found[1])
+    batches = torch.tensor([number[text] for text in texts]).view(200, 64)
+    same = batches[:, :, None] == batches[:, None, :]
+    shared = (same.sum(2) > 1).sum(1).double().mean().item()
+    lowest = sum(contrast(200.0 * row, batch).item() for row, batch in zip(same, batches, strict=True)) / 200
+    assert shared == pytest.approx(int(found[2]), abs=0.6)
+
+    low, ignorant = map(float, re.search(r"log n_i, ([\d.]+); it begins at log 64 = ([\d.]+\d)", prose()).groups())
+    assert lowest == pytest.approx(low, abs=0.01)
+    assert contrast(torch.zeros(64, 64), torch.arange(64)).item() == pytest.approx(ignorant, abs=0.005)
+    perfect = torch.full((64,), -1.0)
+    perfect[0] = 1.0
+    assert perfect.softmax(0)[0].item() == pytest.approx(
+        float(re.search(r"believe in it by ([\d.]+) only", prose())[1]), abs=0.005
+    )
+    assert round(1 / 0.07) == int(re.search(r"begins at 1 / 0.07 = (\d+)", prose())[1])
+
+
+@pytest.mark.parametrize("t", [5, 20, 49])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_guidance_follows_the_slope_of_a_sharpened_density(t, scale):
+    """math.md (18): the slope by autograd; the two answers as the mean noise by Bayes on a grid of x0, without any algebra."""
+    ab = ALPHA_BAR[t]
+    shares, means, covariances = TWO  # of two classes
+    x_t = torch.tensor([[0.3, 0.1], [-1.0, 0.7], [0.9, -1.2]], dtype=torch.float64)
+    x0 = torch.cartesian_prod(*2 * [torch.linspace(-4, 4, 401, dtype=torch.float64)])
+
+    def best(x, t, context):
+        """context (B, 2): how likely each of the classes is."""
+        log_p = torch.stack([density(shares, means, covariances).log_prob(x0) for shares in context])
+        noise = (x[:, None] - ab.sqrt() * x0) / (1 - ab).sqrt()
+        return ((log_p - noise.square().sum(-1) / 2).softmax(1)[..., None] * noise).sum(1)
+
+    second = torch.tensor([[0.0, 1.0]]).expand(3, 2)
+    got = guided(best, second, shares[None], scale)(x_t, torch.full((3,), t))
+
+    x = x_t.clone().requires_grad_()
+    noised = [ab.sqrt() * means, ab * covariances + (1 - ab) * EYE]
+    p = density(shares, *noised).log_prob(x)
+    p_of_class = MultivariateNormal(noised[0][1].double(), noised[1][1].double()).log_prob(x) + shares[1].double().log() - p
+    (slope,) = torch.autograd.grad((p + scale * p_of_class).sum(), x)
+    torch.testing.assert_close(got, -(1 - ab).sqrt() * slope, rtol=1e-5, atol=1e-6)
+
+
+def test_too_much_guidance_leaves_the_range():
+    """The table of section 12: even quantiles of noise walk to quantiles of what is drawn; the last column on a grid."""
+    rows = re.findall(r"^\| (\d) \| (.*) \| (.*) \| (.*) \|$", text(), flags=re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "3", "8"]
+    classes, spread = torch.tensor([-0.5, 0.5], dtype=torch.float64), 0.25
+    predict_noise = normal_classes(NoiseSchedule.cosine(), classes, spread)
+    noise = Normal(0.0, 1.0).icdf((torch.arange(500, dtype=torch.float64)[:, None] + 0.5) / 500)
+    second, nothing = torch.full((500, 1), 2), torch.zeros(1, 1, dtype=torch.long)
+    grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
+    log_p = Normal(classes[:, None], spread).log_prob(grid)
+    for scale, mean, wide, sharpened in [map(float, row) for row in rows]:
+        x = sample(guided(predict_noise, second, nothing, scale), noise, NoiseSchedule.cosine(), steps=200, eta=0)
+        assert x.mean().item() == pytest.approx(mean, abs=0.01) and x.std().item() == pytest.approx(wide, abs=0.01)
+        share = (log_p.logsumexp(0) + scale * (log_p[1] - log_p.logsumexp(0))).softmax(0)
+        assert (share * grid).sum().item() == pytest.approx(sharpened, abs=0.005)
+
+
 # ---- the text and the code ------------------------------------------------------------------------------------------
 
 
@@ -363,9 +500,9 @@ def test_each_number_in_the_code_is_an_equation_and_each_equation_has_its_code_a
     numbers = [int(number) for number, _ in equations]
     assert numbers == list(range(1, len(numbers) + 1))
 
-    sources = {path: path.read_text(encoding="utf8") for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]}
+    files = [path for folder in (ROOT, ROOT / "toolbox", ROOT / "latent_ext") for path in folder.glob("*.py")]
     tests = "".join(path.read_text(encoding="utf8") for path in (ROOT / "tests").glob("test_*.py"))
-    code = "".join(sources.values())
+    code = "".join(path.read_text(encoding="utf8") for path in files)
     mentioned = {int(n) for n in re.findall(r"math\.md \((\d+)\)", code + tests)}
     assert mentioned == set(numbers)
     for number, equation in equations:

@@ -1,0 +1,108 @@
+"""latent_ext/evaluate.py; and that the ready pipeline does what the second evening's README says of it."""
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import StableDiffusionPipeline
+
+import latent_ext.pipeline
+from latent_ext.data import left_out
+from latent_ext.evaluate import answers, ask
+from latent_ext.generate import find
+from latent_ext.guidance import labels_of
+from latent_ext.pipeline import image_to_image, inpaint, text_to_image
+from toolbox.cats import ATTRIBUTES, draw
+from toolbox.data import Data, to_bytes
+from toolbox.metrics import FeatureNet
+from toolbox.models import read
+
+READY = ROOT / "models" / "latent-cats"
+HOW = {"guidance": 3.0, "eta": 1.0, "steps": 25}
+EYES = list(ATTRIBUTES).index("eyes")
+FUR = list(ATTRIBUTES).index("fur")
+
+
+def drawn(n, size, **wanted):
+    images, labels, captions = draw(n, size, seed=7, **wanted)
+    return Data("cats", to_bytes(images), ATTRIBUTES, torch.stack([*labels.values()], dim=1), captions)
+
+
+def seeds(n):
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    stored = read(ROOT / "models" / "features" / "cats-32.pt")
+    network = FeatureNet(**stored["network"])
+    network.load_state_dict({name: w.float() for name, w in stored["weights"].items()})
+    return network.eval()
+
+
+def test_half_of_the_prompts_ask_for_what_nobody_trained_on():
+    data = drawn(300, 4)
+    prompts, labels, unseen = ask(data, 20, find(READY))
+    assert len(prompts) == 20
+    assert unseen.sum() == 10 and torch.equal(left_out(labels), unseen)
+    for prompt, row in zip(prompts, labels.tolist(), strict=True):
+        assert row in data.labels[[i for i, caption in enumerate(data.captions) if caption == prompt]].tolist()
+
+
+def test_a_model_of_classes_is_asked_in_its_own_words():
+    class Classes:
+        tokenizer = None
+
+    prompts, labels, _ = ask(drawn(100, 4), 12, Classes())
+    assert [labels_of(prompt, ATTRIBUTES) for prompt in prompts] == (labels + 1).tolist()
+
+
+def test_the_judge_reads_drawings_of_twice_its_size(classifier):
+    data = drawn(64, 64)
+    assert torch.equal(answers(classifier, data.images, 32), data.labels)
+
+
+def test_diffusers_opens_the_ready_pipeline_and_draws_the_same_picture(monkeypatch):
+    theirs = StableDiffusionPipeline.from_pretrained(READY, safety_checker=None, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    prompts, noise = ["an orange tabby cat with green eyes", "a black cat"], torch.randn(2, 4, 16, 16)
+    expected = theirs(
+        prompts, latents=noise, num_inference_steps=5, guidance_scale=3.0, eta=0.0, output_type="pt", height=64, width=64
+    ).images
+    monkeypatch.setattr(latent_ext.pipeline, "randn", lambda *_: noise)
+    got = text_to_image(find(READY), prompts, steps=5, guidance=3.0, eta=0.0)
+    assert ((got + 1) / 2 - expected).abs().max() < 1e-3
+
+
+@pytest.mark.slow
+def test_the_ready_pipeline_draws_what_it_is_asked_for(classifier):
+    prompts, labels, unseen = ask(drawn(300, 4), 40, find(READY))
+    got = answers(classifier, to_bytes(text_to_image(find(READY), prompts, generator=seeds(40), **HOW)), 32) == labels
+    assert got.float().mean() > 0.96 and got.all(1).float().mean() > 0.85
+    assert got[unseen].float().mean() > 0.94
+
+
+@pytest.mark.slow
+def test_with_more_strength_a_picture_is_farther_from_its_input_and_nearer_to_its_text(classifier):
+    pipeline, data = find(READY), drawn(12, 64, fur="orange", eyes="green")
+    images = data.images.float() / 127.5 - 1
+    prompts = ["a black cat with yellow eyes"] * 12
+    distances, black = [], []
+    for strength in (0.2, 0.5, 0.8, 1.0):
+        made = image_to_image(pipeline, prompts, images, strength=strength, generator=seeds(12), **HOW)
+        distances.append((made - images).square().mean().item())
+        black.append((answers(classifier, to_bytes(made), 32)[:, FUR] == ATTRIBUTES["fur"].index("black")).sum().item())
+    assert distances == sorted(distances) and distances[-1] > 3 * distances[0]
+    assert black[0] <= 2 and black[-1] >= 11
+
+
+@pytest.mark.slow
+def test_inpainting_keeps_what_is_black_in_the_mask_and_paints_the_text_where_it_is_white(classifier):
+    pipeline, data = find(READY), drawn(12, 64, eyes="green", pattern="plain")
+    images = data.images.float() / 127.5 - 1
+    masks = torch.zeros(12, 1, 64, 64)
+    masks[:, :, 8:44] = 1
+    furs = [ATTRIBUTES["fur"][k] for k in data.labels[:, FUR]]
+    prompts = [f"{'an' if fur == 'orange' else 'a'} {fur} cat with blue eyes" for fur in furs]
+    made = inpaint(pipeline, prompts, images, masks, generator=seeds(12), **HOW)
+    assert torch.equal(made[:, :, :8], images[:, :, :8]) and torch.equal(made[:, :, 44:], images[:, :, 44:])
+    assert (answers(classifier, to_bytes(made), 32)[:, EYES] == ATTRIBUTES["eyes"].index("blue")).sum() >= 10
