@@ -101,6 +101,16 @@ def test_the_defaults_are_those_of_the_model_and_flags_replace_them(here, monkey
     assert heard == expected
 
 
+@pytest.mark.parametrize(("words", "strength"), [([], 0.75), (["--mask", "grey.png"], 1), (["--strength", "0"], 0)])
+def test_a_picture_is_changed_and_a_hole_is_filled(draw_here, here, monkeypatch, words, strength):
+    Image.new("L", (40, 30), 200).save(here / "grey.png")
+    heard = []
+    monkeypatch.setattr(generate, "image_to_image", lambda *begin, strength, **how: heard.append(strength) or begin[2])
+    monkeypatch.setattr(generate, "inpaint", lambda *begin, strength, **how: heard.append(strength) or begin[2])
+    draw_here("a cat", "--init-image", "grey.png", *words)
+    assert heard == [strength]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
 def test_kept_pixels_are_those_of_the_file_whatever_its_mode_and_size(draw_here, here, mode):
     image = Image.linear_gradient("L").resize((50, 70))
