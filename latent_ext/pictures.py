@@ -147,14 +147,14 @@ def show_attention(pipeline: Pipeline, prompt: str, path: Path) -> None:
 
 def panels(rows: list, path: Path, names: Sequence[str] = (), titles: Sequence[Sequence[str]] = ()) -> None:
     """Rows of pictures (3, H, W) in [-1, 1]; names: one beside each row; titles: for each row one above each picture."""
-    wide, high = max(len(row) for row in rows), 1.75 if titles else 1.35
+    wide, high = max(len(row) for row in rows), 1.9 if titles else 1.35
     figure, axes = plt.subplots(len(rows), wide, figsize=(1.4 * wide, high * len(rows)), layout="constrained", squeeze=False)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             axes[y, x].imshow(to_image(picture))
             axes[y, x].set(xticks=[], yticks=[])
             if titles:
-                axes[y, x].set_title(textwrap.fill(titles[y][x], 20), fontsize=7)
+                axes[y, x].set_title(textwrap.fill(titles[y][x], 24), fontsize=7)
         if names:
             axes[y, 0].set_ylabel(names[y], rotation=0, ha="right", va="center")
     with whole_file(path) as temporary:
