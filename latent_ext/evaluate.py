@@ -42,21 +42,25 @@ def main() -> None:
     classifier = feature_net(load_data(args.data))  # of the data's own size: it is shown the pictures at that size
     size = SIZES.get(args.data, pipeline.size)
 
-    with torch.no_grad():
-        x0 = from_bytes(held_out.images[:256]).to(pipeline.device)
-        x = torch.cat([pipeline.vae.decode(pipeline.vae.encode(some)[0]) for some in x0.split(32)])
-    print(f"VAE       PSNR {psnr(x, x0):.1f} dB: 256 held-out pictures, encoded and decoded again")
+    if pipeline.vae.factor > 1:
+        with torch.no_grad():
+            x0 = from_bytes(held_out.images[:256]).to(pipeline.device)
+            x = torch.cat([pipeline.vae.decode(pipeline.vae.encode(some)[0]) for some in x0.split(32)])
+        print(f"VAE       PSNR {psnr(x, x0):.1f} dB: 256 held-out pictures, encoded and decoded again")
     exact = 100 * (answers(classifier, held_out.images, size) == held_out.labels).float().mean(0)
     told = ", ".join(f"{name} {share:.1f}" for name, share in zip(held_out.classes, exact.tolist(), strict=True))
     print(f"judge     of 100 held-out pictures it reads right: {told}")
 
     prompts, labels, unseen = ask(held_out, args.n, pipeline)
-    print(f"{'':12}{'attributes right':>24}{'whole prompts right':>32}")
-    print(f"{'guidance':12}{'seen':>12}{'unseen':>12}{'all':>12}{'seen':>12}{'unseen':>12}{'all':>12}   of 100")
+    groups = {"seen": ~unseen, "unseen": unseen} if unseen.any() else {}
+    groups["all"] = torch.ones(len(prompts), dtype=torch.bool)
+    wide = 12 * len(groups)
+    print(f"{'of 100':12}{'attributes right':>{wide}}{'whole prompts right':>{wide + 12}}")
+    print(f"{'guidance':12}" + (" " * 12).join(["".join(f"{name:>12}" for name in groups)] * 2))
     for scale in args.guidance:
-        right = answers(classifier, draw(pipeline, prompts, scale, args), size) == labels  # (n, attributes)
-        shares = [share for r in (right, right.all(1)) for share in (r[~unseen], r[unseen], r)]
-        print(f"{scale:<12}" + "".join(f"{100 * share.float().mean():12.1f}" for share in shares), flush=True)
+        right = answers(classifier, draw(pipeline, prompts, scale, args), size) == labels  # (n, questions)
+        halves = ["".join(f"{100 * r[group].float().mean():12.1f}" for group in groups.values()) for r in (right, right.all(1))]
+        print(f"{scale:<12}" + (" " * 12).join(halves), flush=True)
 
 
 def ask(held_out: Data, n: int, pipeline: Pipeline) -> tuple[list[str], Tensor, Tensor]:

@@ -56,7 +56,7 @@ def train_here(captioned, monkeypatch, capsys):
             "--precision",
             "float32",
         ]
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments), *words])
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, *map(str, arguments)])
         latent_ext.train.main()
         return capsys.readouterr().out
 
