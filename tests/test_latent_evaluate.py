@@ -73,8 +73,10 @@ def test_diffusers_opens_the_ready_pipeline_and_draws_the_same_picture(monkeypat
     ).images
     monkeypatch.setattr(latent_ext.pipeline, "randn", lambda *_: noise)
     got = text_to_image(find(READY), prompts, steps=5, guidance=3.0, eta=0.0)
-    difference = ((got + 1) / 2 - expected).abs()  # of 0 .. 1; in float32 a small one may grow from step to step
-    assert difference.mean() < 1e-4 and difference.max() < 0.02
+    difference = (
+        (got + 1) / 2 - expected
+    ).abs()  # of 0 .. 1. In the first step 1/sqrt(alpha_bar) is 20,000: math.md, section 6
+    assert difference.mean() < 5e-4 and difference.max() < 0.02
 
 
 @pytest.mark.slow
@@ -91,7 +93,7 @@ def test_with_more_strength_a_picture_is_farther_from_its_input_and_nearer_to_it
     images = data.images.float() / 127.5 - 1
     prompts = ["a black cat with yellow eyes"] * 12
     distances, black = [], []
-    for strength in (0.2, 0.5, 0.8, 1.0):
+    for strength in (0.08, 0.3, 0.6, 1.0):
         made = image_to_image(pipeline, prompts, images, strength=strength, generator=seeds(12), **HOW)
         distances.append((made - images).square().mean().item())
         black.append((answers(classifier, to_bytes(made), 32)[:, FUR] == ATTRIBUTES["fur"].index("black")).sum().item())
