@@ -1,6 +1,7 @@
 """Draw what a text says: `python -m latent_ext.generate "an orange cat with green eyes"`. See pipeline.py for how."""
 
 import argparse
+import difflib
 from pathlib import Path
 
 import torch
@@ -121,10 +122,14 @@ def find(model: str | Path, device: torch.device | str = "cpu", dtype: torch.dty
     """By its path or its ready name, of whichever kind."""
     path = Path(model)
     ready = {index.parent.name: index.parent for index in sorted(READY.glob("*/model_index.json"))}
+    ready |= {file.stem: file for file in sorted(READY.glob("*.pt"))}
     if not path.exists():
         if str(model) not in ready:
-            known = ", ".join(ready) or "none"
-            raise ValueError(f"--model {model}: no such file or folder, and no ready model; ready models: {known}")
+            near = difflib.get_close_matches(str(model), ready, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"--model {model}: no such file or folder, and no ready model; {hint}ready models: {', '.join(ready) or 'none'}"
+            )
         path = ready[str(model)]
     if path.suffix != ".pt":
         return load(path, device, dtype)

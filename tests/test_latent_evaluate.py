@@ -80,6 +80,16 @@ def test_diffusers_opens_the_ready_pipeline_and_draws_the_same_picture(monkeypat
 
 
 @pytest.mark.slow
+def test_the_ready_digits_are_the_asked_ones():
+    stored = read(ROOT / "models" / "features" / "mnist-28.pt")
+    judge = FeatureNet(**stored["network"])
+    judge.load_state_dict({name: w.float() for name, w in stored["weights"].items()})
+    asked = torch.arange(40) % 10
+    made = text_to_image(find("digits"), [str(digit) for digit in asked.tolist()], generator=seeds(40), **HOW)
+    assert (answers(judge.eval(), to_bytes(made), 28)[:, 0] == asked).sum() >= 38
+
+
+@pytest.mark.slow
 def test_the_ready_pipeline_draws_what_it_is_asked_for(classifier):
     prompts, labels, unseen = ask(drawn(300, 4), 40, find(READY))
     got = answers(classifier, to_bytes(text_to_image(find(READY), prompts, generator=seeds(40), **HOW)), 32) == labels
