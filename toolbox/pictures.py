@@ -18,7 +18,7 @@ from toolbox.files import whole_file
 matplotlib.use("Agg")  # draw into files, no window
 import matplotlib.pyplot as plt
 
-SMALLEST = 96  # pixels: the pictures of a grid are enlarged to this, or by as many whole times as fit
+SMALLEST = 96  # pixels: the pictures of a grid are enlarged to at least this, by a whole number
 
 
 def to_image(picture: Tensor) -> Image.Image:
@@ -29,7 +29,7 @@ def to_image(picture: Tensor) -> Image.Image:
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     """(N, C, H, W) in [-1, 1] -> one picture, about as wide as high; small images are enlarged by whole pixels."""
-    images = F.interpolate(images, scale_factor=max(1, SMALLEST // images.shape[-1]))
+    images = F.interpolate(images, scale_factor=-(-SMALLEST // images.shape[-1]))
     columns = columns or math.ceil(math.sqrt(len(images)))
     return to_image(make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1.0))
 
