@@ -30,7 +30,7 @@ from toolbox.pictures import loss_by_level, plot_training, save_grid
 from toolbox.run import PROCESSES, Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
-STEPS = {"classes": 2200, "vae": 6000, "clip": 600, "unet": 2500}
+STEPS = {"classes": 2200, "vae": 4500, "clip": 300, "unet": 2000}
 BATCH = {"classes": 16, "vae": 4, "clip": 64, "unet": 16}
 KL_WEIGHT = 1e-6  # small: the latents shall be compact, but above all the picture
 UNTOLD = 10  # one picture in so many is learned without its condition, which guidance needs
