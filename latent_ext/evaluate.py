@@ -16,7 +16,7 @@ from latent_ext.data import left_out
 from latent_ext.generate import default_model, find
 from latent_ext.pipeline import Pipeline, text_to_image
 from latent_ext.train import psnr
-from toolbox.data import SIZES, Data, from_bytes, load_data, to_bytes
+from toolbox.data import Data, from_bytes, load_data, to_bytes
 from toolbox.files import check_number, errors_in_one_sentence
 from toolbox.metrics import FeatureNet, feature_net
 from toolbox.run import pick_device
@@ -39,8 +39,8 @@ def main() -> None:
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
         raise ValueError(f"--data {args.data}: its pictures have no classes, so nobody knows what is right")
-    classifier = feature_net(load_data(args.data))  # of the data's own size: it is shown the pictures at that size
-    size = SIZES.get(args.data, pipeline.size)
+    data = load_data(args.data)  # of its own size: the classifier is shown all pictures at that size
+    classifier, size = feature_net(data), data.size
 
     if pipeline.vae.factor > 1:
         with torch.no_grad():

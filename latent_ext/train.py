@@ -134,9 +134,9 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
     text = TextEncoder(tokenizer.size, width=128, layers=4, heads=4, length=tokenizer.length)
     network = CLIP(text, ImageEncoder(data.channels, data.size, patch=8, width=128, layers=4, heads=4), tokenizer.end)
     about = {"network": text.config, "words": tokenizer.rules.to_str()}
-    texts = sorted(set(data.captions))
-    tokens = tokenizer(texts)  # (texts, length)
-    caption = torch.tensor([texts.index(caption) for caption in data.captions])  # which of the texts is each picture's
+    number = {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
+    tokens = tokenizer(number)  # (texts, length)
+    caption = torch.tensor([number[caption] for caption in data.captions])  # which of the texts is each picture's
     run = begin(args, "clip", network, data, about, [picture_and_time(data)[0], tokens[:1]])
     with first_process_first():
         held_out = load_data(args.data, data.size, held_out=True)
@@ -157,7 +157,7 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     vae, text, tokenizer = load_parts(args.out / "training", args.device)
     texts, versions = phrasings(data.captions)
     with torch.no_grad():
-        states = text(tokenizer(texts).to(args.device))  # (texts, length, width)
+        states = torch.cat([text(some.to(args.device)) for some in tokenizer(texts).split(256)])  # (texts, length, width)
     data = encode(vae, data)
 
     torch.manual_seed(args.seed)
@@ -178,8 +178,9 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     for x0 in run.batches():
         t = run.randint(schedule.T)
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
-        said = versions[run.chosen].to(run.device).gather(1, run.randint(versions.shape[1])[:, None])[:, 0]
-        said[run.randint(UNTOLD) == 0] = 0  # the empty text
+        choices = versions[run.chosen].to(run.device)  # (B, 8)
+        said = choices.gather(1, run.randint(8)[:, None])[:, 0]  # (B,): which of the texts
+        said[run.randint(UNTOLD) == 0] = 0  # the empty one
         loss = F.mse_loss(predict_noise(x_t, t, states[said]), noise)  # math.md (7)
         run.step(loss)
         if run.pictures_due():
@@ -189,20 +190,17 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
 
 
 @torch.no_grad()
-def finds(network: CLIP, tokenizer: Tokenizer, data: Data, among: int = 64) -> float:
-    """The share of pictures that fit their own caption better than 63 other captions, drawn at random but all different."""
-    device = network.sharpness.device
-    texts = sorted(set(data.captions))
-    directions = network.texts(tokenizer(texts).to(device)).cpu()  # (texts, width)
-    generator, right = torch.Generator().manual_seed(0), []
-    for i, caption in enumerate(data.captions[:512]):
-        picture = network.images(from_bytes(data.images[i : i + 1]).to(device)).cpu()
-        fit = (picture @ directions.T)[0]  # (texts,)
-        own = texts.index(caption)
-        others = torch.randperm(len(texts), generator=generator)
-        others = others[others != own][: among - 1]
-        right.append(bool((fit[own] > fit[others]).all()))
-    return sum(right) / len(right)
+def finds(network: CLIP, tokenizer: Tokenizer, data: Data, others: int = 63) -> float:
+    """The share of pictures that fit their own caption better than any of so many others, drawn at random, all different."""
+    device, number = network.sharpness.device, {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
+    images = torch.cat([network.images(from_bytes(some).to(device)) for some in data.images[:512].split(64)])
+    fits = (images @ network.texts(tokenizer(number).to(device)).T).cpu()  # (pictures, texts)
+    generator, found = torch.Generator().manual_seed(0), 0
+    for fit, caption in zip(fits, data.captions, strict=False):
+        own = number[caption]
+        drawn = torch.randperm(len(number), generator=generator)
+        found += bool((fit[own] > fit[drawn[drawn != own][:others]]).all())
+    return found / len(fits)
 
 
 def load_parts(folder: Path, device: torch.device) -> tuple[VAE, TextEncoder, Tokenizer]:
