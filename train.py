@@ -44,10 +44,8 @@ def main() -> None:
     else:
         with first_process_first():
             data = load_data(args.data, args.size)
-        smaller = {"widths": (32, 64, 128), "attention": (False, False, True)}  # 28 pixels can be halved only twice
-        network = UNet(data.channels, data.channels, **({} if data.size % 8 == 0 else smaller))
+        network = UNet(data.channels, data.channels)
         schedule = NoiseSchedule.cosine()
-    network.check_size(data.size, data.size)
 
     run = Run(
         folder=args.out or Path("runs") / data.name,

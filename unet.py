@@ -75,6 +75,17 @@ class SelfAttention(nn.Module):
         return x + rearrange(seen, "b (h w) c -> b c h w", h=x.shape[2])
 
 
+class Up(nn.Sequential):
+    """(B, C, h, w) -> (B, C, 2 h, 2 w), or what height and width say: 7 pixels were halved to 4, and these double to 8."""
+
+    def __init__(self, width: int):
+        super().__init__(nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        double, conv = self
+        return conv(double(x)[:, :, :height, :width])
+
+
 class Block(nn.Module):
     """One entry of the U-Net's lists: a residual block, attention, a convolution that resizes; each where there is one."""
 
@@ -82,17 +93,17 @@ class Block(nn.Module):
         super().__init__()
         self.res, self.attn, self.conv = res, attn, conv
 
-    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor | None = None, context: Tensor | None = None, size: tuple = ()) -> Tensor:
         x = x if self.res is None else self.res(x, time)
         x = x if self.attn is None else self.attn(x, context)
-        return x if self.conv is None else self.conv(x)
+        return x if self.conv is None else self.conv(x, *size)
 
 
 class UNet(nn.Module):
     """x_t (B, in_channels, H, W), t (B,) -> the noise in it, (B, out_channels, H, W) (DDPM, appendix B).
 
-    widths: the channels of each level, half as high and wide as the one before; blocks: residual blocks in each;
-    attention: a flag for each (the middle always has it). groups=1, because each group's mean is taken away: with 32
+    widths: the channels of each level, half as high and wide as the one before (rounded up); blocks: residual blocks in
+    each; attention: a flag for each (the middle always has it). groups=1, because each group's mean is taken away: with 32
     groups on 32 channels that is the colour of the picture (docs/results.md).
     """
 
@@ -121,7 +132,6 @@ class UNet(nn.Module):
         }
         if len(attention) != len(widths):
             raise ValueError(f"expected an attention flag for each of the {len(widths)} levels, got {len(attention)}")
-        self.factor = 2 ** (len(widths) - 1)  # height and width must divide by it
         time_width = 4 * widths[0]
         self.time = nn.Sequential(nn.Linear(widths[0], time_width), nn.SiLU(), nn.Linear(time_width, time_width))
 
@@ -148,8 +158,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         for level, wide in reversed(list(enumerate(widths))):
             for i in range(blocks + 1):
-                up = i == blocks and level > 0
-                conv = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(wide, wide, 3, padding=1)) if up else None
+                conv = Up(wide) if i == blocks and level > 0 else None
                 self.up.append(Block(res(width + skips.pop(), wide), attn(wide, attention[level]), conv))
                 width = wide
 
@@ -158,7 +167,6 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        self.check_size(*x.shape[2:])
         time = self.time(sinusoid(t, self.time[0].in_features).to(x.dtype))  # (B, 4 widths[0])
         skips = []
         for block in self.down:
@@ -167,17 +175,8 @@ class UNet(nn.Module):
         for block in self.mid:
             x = block(x, time, context)
         for block in self.up:
-            x = block(torch.cat([x, skips.pop()], dim=1), time, context)
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, time, context, size=skips[-1].shape[2:] if skips else ())
         x = F.silu(self.norm(x))
         with torch.autocast(x.device.type, enabled=False):  # noise rounded to 8 bits would be too coarse for the sampler
             return self.conv(x.to(self.conv.weight.dtype))
-
-    def check_size(self, height: int, width: int) -> None:
-        if height % self.factor or width % self.factor:
-            near = [
-                sorted({max(1, n // self.factor) * self.factor, -(-n // self.factor) * self.factor}) for n in (height, width)
-            ]
-            raise ValueError(
-                f"a picture of {height}x{width} cannot be halved {len(self.config['widths']) - 1} times: "
-                f"expected multiples of {self.factor}, the nearest are {near[0]} x {near[1]}"
-            )

@@ -65,9 +65,10 @@ def main() -> None:
     check_number("--guidance", args.guidance, 0)
     check_number("--eta", args.eta, 0, 1)
     check_number("--strength", args.strength, 0, 1)
-    unit = pipeline.vae.factor * pipeline.unet.factor
-    if args.size < 1 or args.size % unit:
-        raise ValueError(f"--size {args.size}: expected a multiple of {unit}, as this model halves its pictures repeatedly")
+    if args.size < 1 or args.size % pipeline.vae.factor:
+        raise ValueError(
+            f"--size {args.size}: expected a multiple of {pipeline.vae.factor}, as this model's latents are smaller"
+        )
     if pipeline.unet.config["in_channels"] > pipeline.vae.config["latent_channels"] and not args.mask:
         raise ValueError(f"--model {model}: this one was trained for inpainting; it needs --init-image and --mask")
     for text in dict.fromkeys([*args.prompts, args.negative]):

@@ -27,7 +27,6 @@ class ClassUNet(nn.Module):
         super().__init__()
         self.unet = UNet(**unet, context_width=context_width, attention_block=SpatialTransformer)
         self.config = self.unet.config | {"classes": {name: list(answers) for name, answers in classes.items()}}
-        self.factor, self.check_size = self.unet.factor, self.unet.check_size
         self.answers = Answers([nn.Embedding(len(answers) + 1, context_width) for answers in classes.values()])
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from latent_ext.pipeline import Pipeline
 from latent_ext.vae import VAE
 from processes import NoiseSchedule
 from toolbox.files import whole_file
+from toolbox.models import check_published
 from unet import UNet
 
 # v1.5: UNet(**UNET, attention_block=SpatialTransformer), VAE(**AUTOENCODER), TextEncoder(**TEXT)
@@ -55,16 +56,6 @@ ORIGINAL_RES = {
     "skip": "skip_connection",
 }
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-TEXT_LAYER = {
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "out": "self_attn.out_proj",
-    "hidden": "mlp.fc1",
-    "back": "mlp.fc2",
-}
 
 
 def place(way: str, i: str, kind: str, config: dict) -> tuple[int, int, str]:
@@ -146,8 +137,12 @@ def text_names(layer: str, config: dict) -> tuple[str, str]:
     match layer.split("."):
         case ["norm"]:
             name = "final_layer_norm"
-        case ["layers", i, inside]:
-            name = f"encoder.layers.{i}.{TEXT_LAYER[inside]}"
+        case ["layers", i, "norm1" | "norm2" as norm]:
+            name = f"encoder.layers.{i}.layer_{norm}"
+        case ["layers", i, "hidden" | "back" as half]:
+            name = f"encoder.layers.{i}.mlp.{'fc1' if half == 'hidden' else 'fc2'}"
+        case ["layers", i, to]:
+            name = f"encoder.layers.{i}.self_attn.{to}_proj"
         case [which]:
             name = f"embeddings.{which}_embedding"
     return name, name
@@ -296,6 +291,7 @@ def load_file(path: Path, device: torch.device | str, dtype: torch.dtype | None)
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, mapped into memory: what is not used is never read. Nothing that the file may say is executed."""
     path.open("rb").close()  # is it there, and may it be read?
+    check_published(path)
     checkpoint = type("ModelCheckpoint", (), {})  # stands for Lightning's, which the original .ckpt names
     number = np.float64().__reduce__()[0]  # what makes a number of NumPy's from bytes; NumPy 1 called it:
     harmless = [

@@ -30,7 +30,7 @@ from toolbox.pictures import loss_by_level, plot_training, save_grid
 from toolbox.run import PROCESSES, Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
-STEPS = {"classes": 2200, "vae": 4500, "clip": 300, "unet": 2000}
+STEPS = {"classes": 2200, "vae": 4500, "clip": 300, "unet": 1800}
 BATCH = {"classes": 16, "vae": 4, "clip": 64, "unet": 16}
 KL_WEIGHT = 1e-6  # small: the latents shall be compact, but above all the picture
 UNTOLD = 10  # one picture in so many is learned without its condition, which guidance needs
@@ -57,10 +57,8 @@ def main() -> None:
     latent = args.part != "classes"
     with first_process_first():
         data = load_data(args.data, args.size or (64 if latent else None))
-    if latent and data.size % 16:
-        raise ValueError(
-            f"--size {data.size}: expected a multiple of 16; the VAE halves a picture twice, and then the U-Net twice"
-        )
+    if latent and data.size % 8:
+        raise ValueError(f"--size {data.size}: expected a multiple of 8, as CLIP looks at squares of 8 x 8 pixels")
     args.out = args.out or Path("runs") / f"{data.name}-{'latent' if latent else 'classes'}"
     if data.name == "cats":
         data = select(data, ~left_out(data.labels))
@@ -83,9 +81,7 @@ def main() -> None:
 
 def train_classes(args: argparse.Namespace, data: Data) -> None:
     torch.manual_seed(args.seed)
-    smaller = {} if data.size % 8 == 0 else {"widths": (32, 64, 128), "attention": (False, False, True)}
-    network = ClassUNet(data.classes, in_channels=data.channels, out_channels=data.channels, **smaller)
-    network.check_size(data.size, data.size)
+    network = ClassUNet(data.classes, in_channels=data.channels, out_channels=data.channels)
     schedule = NoiseSchedule.cosine()
     about = card(network, schedule, data.size, data.name, list(data.classes))
     untold = torch.zeros(1, len(data.classes), dtype=torch.long)
@@ -170,7 +166,6 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
         context_width=states.shape[2],
         attention_block=SpatialTransformer,
     )
-    network.check_size(data.size, data.size)
     schedule = NoiseSchedule.cosine()
     pipeline = Pipeline(network, vae, text, tokenizer, schedule, data.size * vae.factor, "v_prediction", "trailing")
     run = begin(args, "unet", network, data, {"network": network.config}, [*picture_and_time(data), states[:1]])

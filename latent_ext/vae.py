@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Block, ResBlock, SelfAttention
+from unet import Block, ResBlock, SelfAttention, Up
 
 EPS = 1e-6  # of all norms here; the U-Net's residual blocks have 1e-5
 
@@ -18,10 +18,6 @@ def down(width: int) -> nn.Module:
     """Half the height and width. Zeros are added right and below only: that is all a stride of 2 needs of an even size, and
     the rule of the code it was first written in; with zeros all around, the published weights shift the picture."""
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
-
-
-def up(width: int) -> nn.Module:
-    return nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1))
 
 
 def middle(width: int, groups: int) -> nn.ModuleList:
@@ -64,7 +60,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for level, wide in reversed(list(enumerate(widths))):
             for i in range(blocks + 1):
-                conv = up(wide) if i == blocks and level > 0 else None
+                conv = Up(wide) if i == blocks and level > 0 else None
                 self.up.append(Block(ResBlock(width, wide, None, groups, EPS), conv=conv))
                 width = wide
         self.norm = nn.GroupNorm(groups, width, EPS)

@@ -456,20 +456,18 @@ def test_a_folder_that_is_called_like_data_can_be_had(here):
 # ---- the network that fits --------------------------------------------------------------------------------------------
 
 
-def test_28_pixels_get_three_levels_and_one_channel(train_here):
+def test_digits_of_28_pixels_train_with_one_channel(train_here):
     lay_out_digits("MNIST")
     train_here("--data", "mnist", "--size", 28, "--steps", 1, "--batch", 2)
     network = checkpoint("run")["settings"]["network"]
-    assert network["widths"] == [32, 64, 128] and network["attention"] == [False, False, True]
     assert network["in_channels"] == network["out_channels"] == 1
 
 
-@pytest.mark.parametrize("size", [24, 32])
-def test_sizes_that_divide_by_eight_get_four_levels(train_here, monkeypatch, size):
+@pytest.mark.parametrize("size", [24, 28, 30])
+def test_any_size_trains_with_the_default_network(train_here, monkeypatch, size):
     monkeypatch.setattr(train, "UNet", UNet)
     train_here("--size", size, "--steps", 1, "--batch", 1)
-    network = checkpoint("run")["settings"]["network"]
-    assert network["widths"] == [32, 64, 128, 128] and network["attention"] == [False, False, True, False]
+    assert checkpoint("run")["settings"]["network"] == UNet().config
 
 
 def test_a_model_of_other_channels_is_refused(train_here):

@@ -75,7 +75,7 @@ def test_the_core_imports_its_five_packages_and_no_more():
         "os",
         "pathlib",
     }
-    standard |= {"pickle", "random", "signal", "sys", "textwrap", "time", "traceback", "zlib"}
+    standard |= {"pickle", "random", "re", "signal", "sys", "textwrap", "time", "traceback", "zlib"}
     ours = {"processes", "unet", "toolbox"}
     for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]:
         found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf8"), flags=re.MULTILINE))

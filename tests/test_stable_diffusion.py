@@ -537,8 +537,6 @@ def swap(rules, *keys):
         ("ORIGINAL_RES", ("conv1", "conv2"), "single file"),
         ("VAE_ATTENTION", ("q", "k"), "published"),
         ("VAE_ATTENTION", ("v", "out"), "today"),
-        ("TEXT_LAYER", ("norm1", "norm2"), "single file"),
-        ("TEXT_LAYER", ("k", "v"), "published"),
         ("RES", ("time", "skip"), "today"),
     ],
 )
@@ -551,6 +549,15 @@ def test_a_wrong_name_is_noticed(rules, keys, kind, tmp_path, monkeypatch, confi
     except ValueError:
         return
     assert max(difference(pipeline, judges).values()) > 1e-6
+
+
+@pytest.mark.parametrize(("one", "other"), [("norm1", "norm2"), ("q", "k"), ("k", "v"), ("v", "out")])
+def test_exchanged_names_of_the_text_encoder_are_noticed(one, other, tmp_path, monkeypatch, configs, states, judges):
+    right, others = stable_diffusion.text_names, {one: other, other: one}
+    monkeypatch.setattr(
+        stable_diffusion, "text_names", lambda layer, _: right(".".join(others.get(word, word) for word in layer.split(".")), _)
+    )
+    assert difference(load(write("single file", tmp_path, configs, states)), judges)["text"] > 1e-6
 
 
 def test_exchanged_layer_norms_are_noticed(tmp_path, monkeypatch, configs, states, judges):

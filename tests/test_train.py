@@ -382,7 +382,6 @@ def said(main, capsys):
         (["--data", "nowhere"], "--data nowhere: no such folder and no data of that name"),
         (["--data", "empty"], "empty: expected pictures"),
         (["--data", "broken"], "none of the 1 files is a readable picture"),
-        (["--size", "30"], "expected multiples of"),
         (["--size", "0"], "--size 0: expected 1 pixel or more"),
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--batch", "0"], "--batch 0: expected 1 or more"),
