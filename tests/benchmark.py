@@ -9,6 +9,7 @@ is measured in a process for each, from before the network is made: weights, gra
 
 import argparse
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
@@ -92,7 +93,10 @@ def peak(step: Callable, kind: str, who: str, batch: int, size: int, device: tor
 def memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    status = Path("/proc/self/status").read_text()  # Linux' getrusage begins with what the parent process had
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1e6
 
 
 def fastest(device: torch.device, precision: torch.dtype) -> float:
