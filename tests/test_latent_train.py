@@ -91,6 +91,17 @@ def test_select_keeps_pictures_labels_and_captions_together():
     assert kept.captions == [captions[i] for i in where]
 
 
+@pytest.mark.parametrize("part", ["classes", "vae", "clip", "unet"])
+def test_no_training_sees_a_combination_that_is_left_out(train_here, monkeypatch, part):
+    given = []
+    monkeypatch.setattr(toolbox.data, "DRAWN_CATS", 100)
+    monkeypatch.setattr(latent_ext.train, f"train_{part}", lambda args, data: given.append(data))
+    train_here(part, "--data", "cats", "--size", 16)
+    every = load_data("cats", 16)
+    assert len(given[0].images) < len(every.images) == 100 and left_out(every.labels).any()
+    assert not left_out(given[0].labels).any()
+
+
 def test_phrasings_are_the_caption_and_what_is_left_without_its_clauses():
     captions = [
         "an orange cat with blue eyes on a pink background",
