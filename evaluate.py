@@ -68,8 +68,8 @@ def main() -> None:
     judge(samples, feature_net(data), data, held_out)
     if inception:
         distances(samples, inception, data)
-    copies = look_for_copies(samples, data, held_out.images)
-    plot_evaluation(levels, linear, from_bytes(samples), from_bytes(copies), args.out)
+    copies, how_near = look_for_copies(samples, data, held_out.images)
+    plot_evaluation(levels, linear, from_bytes(samples), from_bytes(copies), how_near, args.out)
     print(f"wrote {args.out}")
 
 
@@ -142,14 +142,14 @@ def distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> N
         print(f"{name:26}{f'{one:.1f} +- {error:.1f}':>14}{f'{zero:.1f} +- {zero_error:.1f}':>20} for {len(floor)} real ones")
 
 
-def look_for_copies(samples: Tensor, data: Data, real: Tensor) -> Tensor:
-    """The nearest training pictures; if samples are nearer to them than new real pictures are, the network copies."""
+def look_for_copies(samples: Tensor, data: Data, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The nearest training pictures, and how near; if samples are nearer than new real pictures are, the network copies."""
     copies, distance = nearest(samples, data)
     usual = nearest(some(real, len(samples)), data)[1]
     nearer = 100 * (distance < usual.quantile(0.01)).float().mean()
     print(f"copies    the nearest training picture is {distance.median():.1f} of 255 away (root mean square; median), that of")
     print(f"          a held-out picture {usual.median():.1f}; nearer than 99 of 100 of those: {nearer:.1f} of 100 samples")
-    return copies
+    return copies, {"samples": distance, "held-out pictures": usual}
 
 
 if __name__ == "__main__":

@@ -470,6 +470,12 @@ def test_any_size_trains_with_the_default_network(train_here, monkeypatch, size)
     assert checkpoint("run")["settings"]["network"] == UNet().config
 
 
+def test_64_pixels_get_a_level_more(train_here, monkeypatch):
+    monkeypatch.setattr(train, "UNet", UNet)
+    train_here("--size", 64, "--steps", 1, "--batch", 1)
+    assert checkpoint("run")["settings"]["network"]["widths"] == [16, 32, 64, 128, 192]
+
+
 def test_a_model_of_other_channels_is_refused(train_here):
     lay_out_digits("MNIST")
     train_here("--steps", 1)

@@ -97,13 +97,14 @@ def test_the_samples_are_those_of_sample_py_and_each_copy_is_its_nearest(evaluat
     words = {"--model": "new.pt", "--n": 35, "--seed": 3, "--eta": 0.5, "--steps": 3, "--out": "drawn", "--device": "cpu"}
     monkeypatch.setattr(sys, "argv", ["sample.py", *(str(word) for pair in words.items() for word in pair)])
     sample.main()
-    _, _, samples, copies, _ = drawn[0]
+    _, _, samples, copies, how_near, _ = drawn[0]
     assert samples.shape == copies.shape == (35, 3, 16, 16)
     for i, picture in enumerate(samples):
         with Image.open(here / f"drawn/{i + 3:06}.png") as image:
             assert ((pil_to_tensor(image).float() - to_bytes(picture)).abs() <= 1).all()
     training = from_bytes(load_data("many", 16).images)
     both = torch.cat([training, training.flip(-1)])
+    assert {name: len(distance) for name, distance in how_near.items()} == {"samples": 35, "held-out pictures": 6}
     for picture, copy in zip(samples, copies, strict=True):
         nearest = both[(both - picture).square().mean((1, 2, 3)).argmin()]
         assert torch.equal(nearest, copy)

@@ -84,22 +84,37 @@ def loss_by_level(
     return result
 
 
-def plot_evaluation(levels: dict[int, float], linear: dict[int, float], samples: Tensor, copies: Tensor, path: Path) -> None:
-    """Left: the loss by noise level, beside the best linear denoiser's. Right: samples, below each its nearest picture."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained", width_ratios=(1, 2))
-    left.plot(list(linear), list(linear.values()), label="the best linear denoiser")
-    left.plot(list(levels), list(levels.values()), marker="o", markersize=3, label="this network")
-    left.set(
-        xlabel="time step t: little noise ... only noise", ylabel="mean squared error", yscale="log", title="held-out pictures"
+def plot_evaluation(
+    levels: dict[int, float],
+    linear: dict[int, float],
+    samples: Tensor,
+    copies: Tensor,
+    distances: dict[str, Tensor],
+    path: Path,
+) -> None:
+    """The loss by noise level; how near training pictures are; and 64 samples, below each the nearest training picture."""
+    mosaic = [["loss", "pictures"], ["copies", "pictures"]]
+    figure, panels = plt.subplot_mosaic(mosaic, figsize=(16, 8), layout="constrained", width_ratios=(1, 2))
+    panels["loss"].plot(list(linear), list(linear.values()), label="the best linear denoiser")
+    panels["loss"].plot(list(levels), list(levels.values()), marker="o", markersize=3, label="this network")
+    panels["loss"].set(
+        xlabel="time step t: little noise ... only noise", yscale="log", title="mean squared error, held-out pictures"
     )
-    left.set_ylim(bottom=1e-4)  # in pure noise there is nothing to guess, and both lines fall to 0
-    left.grid(alpha=0.3)
-    left.legend()
-    whole = min(24, len(samples) // 12 * 12 or len(samples))  # full rows only, so that a pair stands in one column
-    rows = torch.cat([torch.cat(p) for p in zip(samples[:whole].split(12), copies[:whole].split(12), strict=True)])
-    right.imshow(to_image(make_grid(rows, nrow=min(12, len(samples)), padding=2, pad_value=1.0)), cmap="gray")
-    right.set(title="samples, and below each one the nearest training picture")
-    right.axis("off")
+    panels["loss"].set_ylim(bottom=1e-4)  # in pure noise there is nothing to guess, and both lines fall to 0
+    for name, distance in distances.items():
+        panels["copies"].hist(distance.numpy(), bins=25, alpha=0.5, density=True, label=name)
+    panels["copies"].set(
+        xlabel="root mean square difference, of 255", yticks=[], title="distance to the nearest training picture"
+    )
+    for name in ("loss", "copies"):
+        panels[name].grid(alpha=0.3)
+        panels[name].legend()
+    wide = min(16, len(samples))
+    whole = min(64, len(samples) // wide * wide)  # full rows only, so that a pair stands in one column
+    rows = torch.cat([torch.cat(p) for p in zip(samples[:whole].split(wide), copies[:whole].split(wide), strict=True)])
+    panels["pictures"].imshow(to_image(make_grid(rows, nrow=wide, padding=2, pad_value=1.0)), cmap="gray")
+    panels["pictures"].set(title="samples, and below each one the nearest training picture")
+    panels["pictures"].axis("off")
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
