@@ -44,7 +44,7 @@ def main() -> None:
     else:
         with first_process_first():
             data = load_data(args.data, args.size)
-        large = {"widths": (16, 32, 64, 128, 192), "attention": (False, False, False, True, False)}  # a level more
+        large = {"widths": (16, 32, 64, 128, 192), "attention": (False, False, False, True, False)}  # what is large costs most
         network = UNet(data.channels, data.channels, **(large if data.size >= 64 else {}))
         schedule = NoiseSchedule.cosine()
 

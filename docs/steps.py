@@ -1,6 +1,6 @@
 """How few steps are enough? `python docs/steps.py` draws 256 cats in each of several ways, judges them, plots docs/steps.png.
 
-About 25 minutes on 2 cores, most of them for DDPM's 1,000 steps; `--steps 5 10 20 50` takes three.
+The time goes with the sum of the steps, so most of it is for 1,000 of them, twice; leave them out with --steps.
 """
 
 import argparse

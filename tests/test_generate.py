@@ -11,6 +11,7 @@ from test_sample import pixels
 from test_train import said
 
 import sample
+import toolbox.models
 from latent_ext import generate
 from latent_ext.guidance import ClassUNet
 from latent_ext.stable_diffusion import save
@@ -73,6 +74,14 @@ def test_the_same_command_makes_the_same_file_in_chunks_of_any_size(draw_here, h
             c.seek(frame)
             assert (pixels(a) - pixels(c)).abs().mean() < 3
         assert (pixels(a) - pixels(here / "a.png")).abs().mean() < 12  # ends with the result; a GIF has few colours
+
+
+def test_a_ready_folder_of_which_a_file_was_changed_is_refused(draw_here, here, monkeypatch, capsys):
+    name = "toy/vae/diffusion_pytorch_model.safetensors"
+    (here / "README.md").write_text(f"| `{name}` | a VAE | `{'0' * 64}` |\n")
+    draw_here("a cat")
+    monkeypatch.setattr(toolbox.models, "READY", here)
+    assert f"{name}: expected the ready model that" in said(lambda: draw_here("a cat"), capsys)
 
 
 @pytest.mark.parametrize(
