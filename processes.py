@@ -44,6 +44,13 @@ class NoiseSchedule:
         return cls.from_betas("cosine", (1 - f[1:] / f[:-1]).clamp(max=0.999))
 
     @classmethod
+    def sigmoid(cls, T: int = 1000) -> "NoiseSchedule":
+        """Jabri et al. 2022, fig. 8: alpha_bar is a logistic curve from 3 to -3: few steps are nearly clean or nearly noise."""
+        curve = torch.sigmoid(torch.linspace(3, -3, T + 1, dtype=torch.float64))
+        alpha_bar = (curve - curve[-1]) / (curve[0] - curve[-1])  # 1 for a clean picture .. 0 for noise alone
+        return cls("sigmoid", alpha_bar[1:].clamp(min=1e-9).float())  # not 0: math.md (8) divides by its root
+
+    @classmethod
     def from_betas(cls, name: str, betas: Tensor) -> "NoiseSchedule":
         return cls(name, torch.cumprod(1 - betas, dim=0).float())  # math.md (2): alpha_bar_t = (1 - beta_0) ... (1 - beta_t)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluate import distances
 from latent_ext.clip import Tokenizer
 from latent_ext.data import left_out
 from latent_ext.generate import default_model, find
@@ -31,10 +32,10 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="prompts")
     parser.add_argument("--steps", type=int, default=50, help="network calls for each picture")
     parser.add_argument("--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM")
-    parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE, help="the scales to compare")
+    parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE, help="scales to compare; 0 does not listen")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    check_number("--n", args.n, 2)
+    check_number("--n", args.n, 4)  # as in evaluate.py
     pipeline = find(args.model or default_model(), pick_device(args.device))
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
@@ -58,9 +59,12 @@ def main() -> None:
     print(f"{'of 100':12}{'attributes right':>{wide}}{'whole prompts right':>{wide + 12}}")
     print(f"{'guidance':12}" + (" " * 12).join(["".join(f"{name:>12}" for name in groups)] * 2))
     for scale in args.guidance:
-        right = answers(classifier, draw(pipeline, prompts, scale, args), size) == labels  # (n, questions)
+        pictures = draw(pipeline, prompts, scale, args)
+        right = answers(classifier, pictures, size) == labels  # (n, questions)
         halves = ["".join(f"{100 * r[group].float().mean():12.1f}" for group in groups.values()) for r in (right, right.all(1))]
         print(f"{scale:<12}" + (" " * 12).join(halves), flush=True)
+        if pipeline.size == size:  # drawn as large as the pictures that the classifier knows
+            distances(pictures, classifier, data)
 
 
 def ask(held_out: Data, n: int, pipeline: Pipeline) -> tuple[list[str], Tensor, Tensor]:

@@ -1,20 +1,25 @@
 """latent_ext/evaluate.py; and that the ready pipeline does what the second evening's README says of it."""
 
+import re
+import sys
+
 import pytest
 import torch
 from conftest import ROOT
 from diffusers import StableDiffusionPipeline
 
+import latent_ext.evaluate
 import latent_ext.pipeline
 from latent_ext.data import left_out
 from latent_ext.evaluate import answers, ask
 from latent_ext.generate import find
-from latent_ext.guidance import labels_of
+from latent_ext.guidance import ClassUNet, labels_of
 from latent_ext.pipeline import image_to_image, inpaint, text_to_image
+from processes import NoiseSchedule
 from toolbox.cats import ATTRIBUTES, draw
 from toolbox.data import Data, to_bytes
-from toolbox.metrics import FeatureNet
-from toolbox.models import read
+from toolbox.metrics import FeatureNet, kernel_distance
+from toolbox.models import card, read, save_model
 
 READY = ROOT / "models" / "latent-cats"
 HOW = {"guidance": 3.0, "eta": 1.0, "steps": 25}
@@ -54,6 +59,32 @@ def test_a_model_of_classes_is_asked_in_its_own_words():
 
     prompts, labels, _ = ask(drawn(100, 4), 12, Classes())
     assert [labels_of(prompt, ATTRIBUTES) for prompt in prompts] == (labels + 1).tolist()
+
+
+def test_guidance_0_draws_as_if_nothing_was_asked_and_is_compared_with_the_data_too(tmp_path, monkeypatch, capsys):
+    """So one model of classes is both: told what to draw, and the simple one."""
+    torch.manual_seed(0)
+    images, digits = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), {"digit": ("0", "7")}
+    data = Data("folder", images, digits, torch.arange(64)[:, None] % 2)
+    network = ClassUNet(digits, 8, in_channels=1, out_channels=1, widths=(8, 8), attention=(False, True))
+    classifier = FeatureNet(1, {"digit": 2, "damage": 6}).eval()
+    for p in [*network.parameters(), *classifier.parameters()]:
+        torch.nn.init.normal_(p, std=0.3)
+    save_model(tmp_path / "model.pt", network, card(network, NoiseSchedule.sigmoid(), 8, "folder"))
+    monkeypatch.setattr(latent_ext.evaluate, "load_data", lambda *a, **k: data)
+    monkeypatch.setattr(latent_ext.evaluate, "feature_net", lambda data: classifier)
+    words = ["evaluate", "--model", str(tmp_path / "model.pt"), "--n", "8", "--steps", "2", "--guidance", "0", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    latent_ext.evaluate.main()
+    printed = re.findall(r"KID x 1000, our features +(-?[\d.]+)", capsys.readouterr().out)
+
+    def distance(prompts):
+        how = {"steps": 2, "eta": 1.0, "guidance": 1.0, "generator": seeds(8)}
+        pictures = to_bytes(text_to_image(find(tmp_path / "model.pt"), prompts, **how))
+        return 1000 * kernel_distance(classifier.see(pictures), classifier.see(images[1::2]))
+
+    expected = [distance([""] * 8), distance(["0", "7"] * 4)]
+    assert [float(x) for x in printed] == pytest.approx(expected, abs=0.06) and abs(expected[0] - expected[1]) > 0.5
 
 
 def test_the_judge_reads_drawings_of_twice_its_size(classifier):

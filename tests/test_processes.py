@@ -60,6 +60,16 @@ def test_schedules_equal_the_papers_in_plain_python():
         assert cosine[t].item() == pytest.approx(f(t + 1) / f(0), rel=1e-5)
     assert (cosine[999] / cosine[998]).item() == pytest.approx(0.001, rel=1e-4)  # the cap
 
+    def logistic(x):
+        return 1 / (1 + math.exp(-x))
+
+    sigmoid = NoiseSchedule.sigmoid()
+    assert sigmoid.name == "sigmoid" and sigmoid.alpha_bar.dtype == torch.float32
+    for t in (0, 1, 250, 499, 998):  # their time runs from 0 to 1
+        expected = (logistic(3) - logistic(-3 + 6 * (t + 1) / 1000)) / (logistic(3) - logistic(-3))
+        assert sigmoid.alpha_bar[t].item() == pytest.approx(expected, rel=1e-5)
+    assert sigmoid.alpha_bar[999].item() == pytest.approx(1e-9) and NoiseSchedule.sigmoid(10).T == 10
+
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 

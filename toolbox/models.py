@@ -19,7 +19,7 @@ from unet import UNet
 FORMAT = 2  # 1 predicted the noise itself, 2 predicts v
 OWN = Path("runs/cats/model.pt")  # of `python train.py`
 READY = Path(__file__).resolve().parent.parent / "models"  # NAME.pt in there can be asked for as NAME; README.md lists them
-SCHEDULES = {make.__name__: make for make in (NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine)}
+SCHEDULES = {name: getattr(NoiseSchedule, name) for name in ("linear", "scaled_linear", "cosine", "sigmoid")}
 
 
 def card(network: UNet, schedule: NoiseSchedule, size: int, data: str, classes: Sequence[str] = ()) -> dict:
