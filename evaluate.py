@@ -64,7 +64,8 @@ def main() -> None:
     print(f"model     {model}, trained on {about['data']}: {pictures}")
 
     levels, linear = losses(predict_noise, schedule, data, held_out.images, device)
-    samples = draw(predict_noise, schedule, (data.channels, data.size, data.size), args, device)
+    shape, seeds = (data.channels, data.size, data.size), range(args.seed, args.seed + args.n)
+    samples = draw(predict_noise, schedule, shape, seeds, args.steps, args.eta, device)
     judge(samples, feature_net(data), data, held_out)
     if inception:
         distances(samples, inception, data)
@@ -76,7 +77,11 @@ def main() -> None:
 def losses(
     predict_noise: Callable, schedule: NoiseSchedule, data: Data, images: Tensor, device: torch.device
 ) -> tuple[dict, dict]:
-    """Mean squared error on held-out pictures by time step: the network's, and the best linear denoiser's."""
+    """Mean squared error on held-out pictures by time step: the network's, and the best linear denoiser's.
+
+    Printed are the means over the levels where 0.02 < alpha_bar < 0.98. They depend on the schedule, too: compare the two
+    with each other, not with those of another schedule.
+    """
     images = some(images, 256)
     levels = loss_by_level(predict_noise, from_bytes(images).to(device), schedule, levels=25)
     alpha_bar = schedule.alpha_bar[list(levels)]
@@ -89,21 +94,21 @@ def losses(
 
 
 def draw(
-    predict_noise: Callable, schedule: NoiseSchedule, shape: tuple, args: argparse.Namespace, device: torch.device
+    predict_noise: Callable, schedule: NoiseSchedule, shape: tuple, seeds: range, steps: int, eta: float, device: torch.device
 ) -> Tensor:
-    """The pictures that `python sample.py --n N` makes, as bytes (N, C, H, W)."""
-    chunks = torch.arange(args.seed, args.seed + args.n).split(32)
+    """The pictures of these seeds, as `python sample.py` makes them, in bytes (N, C, H, W)."""
+    chunks = torch.tensor(seeds).split(32)
     pictures = []
-    with tqdm(total=len(strides(schedule.T, args.steps)) * len(chunks), unit="step", leave=False) as bar:
+    with tqdm(total=steps * len(chunks), unit="step", leave=False) as bar:
 
         def on_step(x: Tensor, t_prev: int) -> Tensor:
             bar.update()
             return x
 
-        for seeds in chunks:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-            noise = randn((len(seeds), *shape), generators, device=device)
-            x0 = sample(predict_noise, noise, schedule, args.steps, args.eta, clip=True, generator=generators, on_step=on_step)
+        for chunk in chunks:
+            generators = [torch.Generator().manual_seed(seed) for seed in chunk.tolist()]
+            noise = randn((len(chunk), *shape), generators, device=device)
+            x0 = sample(predict_noise, noise, schedule, steps, eta, clip=True, generator=generators, on_step=on_step)
             pictures.append(to_bytes(x0).cpu())
     return torch.cat(pictures)
 

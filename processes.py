@@ -130,7 +130,6 @@ def strides(T: int, steps: int, timesteps: Sequence | None = None) -> list[tuple
         timesteps = [round(T * i / steps) - 1 for i in range(steps, 0, -1)]
     walk = list(timesteps)
     if not walk or not isinstance(walk[0], tuple | list):
-        walk = [int(t) for t in walk]
         walk = list(zip(walk, [*walk, -1][1:], strict=True))
     for t, t_prev in walk:
         if not -1 <= t_prev < t < T:

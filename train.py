@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATA); the same command goes on with it")
     parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
     parser.add_argument("--steps", type=int, default=3700, help="training steps in all; more go on with a finished run")
-    parser.add_argument("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
+    parser.add_argument("--size", type=int, help="pixels (default: the model's, or the data's own; 64 for a folder)")
     parser.add_argument("--batch", type=int, default=16, help="pictures in a step, of all processes together")
     parser.add_argument("--accumulate", type=int, default=1, help="work on a batch in so many parts; each needs less memory")
     parser.add_argument("--seed", type=int, default=0)
@@ -44,9 +44,9 @@ def main() -> None:
     else:
         with first_process_first():
             data = load_data(args.data, args.size)
-        large = {"widths": (16, 32, 64, 128, 192), "attention": (False, False, False, True, False)}  # what is large costs most
+        large = {"widths": (16, 32, 64, 128, 192), "attention": (False, False, False, True, False)}  # thin where all pixels are
         network = UNet(data.channels, data.channels, **(large if data.size >= 64 else {}))
-        schedule = NoiseSchedule.cosine()
+        schedule = NoiseSchedule.sigmoid()
 
     run = Run(
         folder=args.out or Path("runs") / data.name,

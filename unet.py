@@ -100,7 +100,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t (B, in_channels, H, W), t (B,) -> the noise in it, (B, out_channels, H, W) (DDPM, appendix B).
+    """x_t (B, in_channels, H, W), t (B,) -> its noise, or v (`v_to_noise`), (B, out_channels, H, W) (DDPM, appendix B).
 
     widths: the channels of each level, half as high and wide as the one before (rounded up); blocks: residual blocks in
     each; attention: a flag for each (the middle always has it). groups=1, because each group's mean is taken away: with 32
@@ -178,5 +178,5 @@ class UNet(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, time, context, size=skips[-1].shape[2:] if skips else ())
         x = F.silu(self.norm(x))
-        with torch.autocast(x.device.type, enabled=False):  # noise rounded to 8 bits would be too coarse for the sampler
+        with torch.autocast(x.device.type, enabled=False):  # an answer rounded to 8 bits would be too coarse for the sampler
             return self.conv(x.to(self.conv.weight.dtype))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 from processes import v_to_noise  # noqa: E402
 from toolbox.data import load_data  # noqa: E402
-from toolbox.metrics import Judge, feature_net, kernel_distance, some, with_error  # noqa: E402
+from toolbox.metrics import Judge, feature_net, kernel_distance, two_parts, with_error  # noqa: E402
 from toolbox.models import load_model  # noqa: E402
 from toolbox.run import pick_device  # noqa: E402
 
@@ -33,8 +33,9 @@ def main() -> None:
     device = pick_device()
     network, schedule, about = load_model(args.model, device)
     data, held_out = (load_data(about["data"], about["size"], held_out=part) for part in (False, True))
+    predict_noise, shape = v_to_noise(network, schedule), (data.channels, data.size, data.size)
     classifier = feature_net(data)
-    judge, real = Judge(classifier, data, held_out), classifier.see(some(data.images, 8192))
+    judge, real = Judge(classifier, data, held_out), classifier.see(two_parts(data.images, args.n)[1])
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     print(
@@ -44,10 +45,7 @@ def main() -> None:
         clean, distance = [], []
         for steps in args.steps:
             start = time.perf_counter()
-            how = argparse.Namespace(n=args.n, steps=steps, eta=eta, seed=0)
-            pictures = evaluate.draw(
-                v_to_noise(network, schedule), schedule, (data.channels, data.size, data.size), how, device
-            )
+            pictures = evaluate.draw(predict_noise, schedule, shape, range(args.n), steps, eta, device)
             features = classifier.see(pictures)
             near, sure = judge.distance(features) <= judge.reach, torch.stack([*judge.sure(features).values()]).all(0)
             kid, error = (1000 * x for x in with_error(kernel_distance, features, real))

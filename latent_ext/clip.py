@@ -35,14 +35,15 @@ class Tokenizer:
         rules.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=ends)
 
     @classmethod
-    def of_words(cls, captions: Sequence[str], length: int = 20) -> "Tokenizer":
-        """Each word of the captions is a token; a word that they do not have is UNKNOWN."""
+    def of_words(cls, captions: Sequence[str], length: int | None = None) -> "Tokenizer":
+        """Each word of the captions is a token; a word that they do not have is UNKNOWN. The longest one fits, up to 77."""
         rules = Rules(models.WordLevel(unk_token=UNKNOWN))
         rules.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
         rules.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace()])  # words and punctuation
         special = [UNKNOWN, START, END]
         rules.train_from_iterator(captions, trainers.WordLevelTrainer(special_tokens=special, show_progress=False))
-        return cls(rules, length)
+        longest = max((len(rules.encode(caption).ids) for caption in set(captions)), default=0) + 2
+        return cls(rules, length or min(max(20, longest), 77))
 
     @classmethod
     def of_clip(cls, merges: Sequence[str], vocabulary: dict[str, int] | None = None, length: int = 77) -> "Tokenizer":
@@ -189,7 +190,9 @@ class CLIP(nn.Module):
         return F.normalize(self.project_image(self.image(x)), dim=1)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.sharpness.clamp(max=4.6).exp() * self.images(x) @ self.texts(tokens).T  # at most e^4.6 = 100
+        images, texts, exact = self.images(x), self.texts(tokens), self.sharpness.dtype
+        with torch.autocast(x.device.type, enabled=False):  # a score near 100, rounded to 8 bits, would be off by 0.25
+            return self.sharpness.clamp(max=4.6).exp() * images.to(exact) @ texts.to(exact).T  # at most e^4.6 = 100
 
 
 def contrast(scores: Tensor, captions: Tensor) -> Tensor:

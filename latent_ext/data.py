@@ -28,15 +28,15 @@ def select(data: Data, wanted: Tensor) -> Data:
 def phrasings(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """All texts that the U-Net is trained with, the empty one first; and for each caption the indices of eight to choose from.
 
-    Half of the eight are the whole caption, the others go through what is left when clauses ("with ...", "on ...") are left
-    out: nobody who asks for "an orange cat" says what is behind it.
+    At least half of the eight (five for the drawn cats) are the whole caption, the others what is left when clauses ("with
+    ...", "on ...") are left out, of the third one on always: nobody who asks for "an orange cat" says what is behind it.
     """
     texts, rows, known = {"": 0}, [], {}
     for caption in captions:
         if caption not in known:
             head, *clauses = re.split(r" (?=with |on )", caption)
             said = [caption]
-            for kept in range(2 ** min(len(clauses), 3) - 1):  # its binary digits say which clauses stay
+            for kept in range(2 ** min(len(clauses), 2) - 1):  # its binary digits say which clauses stay
                 said.append(" ".join([head, *(clause for i, clause in enumerate(clauses) if kept >> i & 1)]))
             known[caption] = [texts.setdefault(said[i % len(said) if i >= 4 else 0], len(texts)) for i in range(8)]
         rows.append(known[caption])

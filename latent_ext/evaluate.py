@@ -19,7 +19,7 @@ from latent_ext.pipeline import Pipeline, text_to_image
 from latent_ext.train import psnr
 from toolbox.data import Data, from_bytes, load_data, to_bytes
 from toolbox.files import check_number, errors_in_one_sentence
-from toolbox.metrics import FeatureNet, feature_net
+from toolbox.metrics import FeatureNet, feature_net, some
 from toolbox.run import pick_device
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
@@ -36,7 +36,11 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
     check_number("--n", args.n, 4)  # as in evaluate.py
+    check_number("--eta", args.eta, 0, 1)
+    for scale in args.guidance:
+        check_number("--guidance", scale, 0)
     pipeline = find(args.model or default_model(), pick_device(args.device))
+    pipeline.walk(args.steps)  # before the work, not after it: are there so many steps?
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
         raise ValueError(f"--data {args.data}: its pictures have no classes, so nobody knows what is right")
@@ -45,8 +49,8 @@ def main() -> None:
 
     if pipeline.vae.factor > 1:
         with torch.no_grad():
-            x0 = from_bytes(held_out.images[:256]).to(pipeline.device)
-            x = torch.cat([pipeline.vae.decode(pipeline.vae.encode(some)[0]) for some in x0.split(32)])
+            x0 = from_bytes(some(held_out.images, 256)).to(pipeline.device)
+            x = torch.cat([pipeline.vae.decode(pipeline.vae.encode(part)[0]) for part in x0.split(32)])
         print(f"VAE       PSNR {psnr(x, x0):.1f} dB: 256 held-out pictures, encoded and decoded again")
     exact = 100 * (answers(classifier, held_out.images, size) == held_out.labels).float().mean(0)
     told = ", ".join(f"{name} {share:.1f}" for name, share in zip(held_out.classes, exact.tolist(), strict=True))
@@ -63,7 +67,7 @@ def main() -> None:
         right = answers(classifier, pictures, size) == labels  # (n, questions)
         halves = ["".join(f"{100 * r[group].float().mean():12.1f}" for group in groups.values()) for r in (right, right.all(1))]
         print(f"{scale:<12}" + (" " * 12).join(halves), flush=True)
-        if pipeline.size == size:  # drawn as large as the pictures that the classifier knows
+        if pipeline.size == size and not unseen.any():  # as large and as mixed as the data
             distances(pictures, classifier, data)
 
 
@@ -71,7 +75,7 @@ def ask(held_out: Data, n: int, pipeline: Pipeline) -> tuple[list[str], Tensor, 
     """What n held-out pictures show: the prompts, their labels (n, questions), and which of them nobody trained on."""
     unseen = left_out(held_out.labels) & (held_out.name == "cats")
     half = n // 2 if unseen.any() else 0
-    chosen = torch.cat([unseen.nonzero()[:half, 0], (~unseen).nonzero()[: n - half, 0]])
+    chosen = torch.cat([some(unseen.nonzero()[:, 0], half), some((~unseen).nonzero()[:, 0], n - half)])
     labels = held_out.labels[chosen]
     if isinstance(pipeline.tokenizer, Tokenizer):
         return [held_out.captions[i] for i in chosen.tolist()], labels, unseen[chosen]

@@ -422,6 +422,8 @@ def read_schedule(path: Path) -> dict:
     if make is None or any(theirs.get(key, value) != value for key, value in betas.items()):
         known = "; ".join(f"{name} {betas or ''}" for name, (_, betas) in SCHEDULES.items())
         raise ValueError(f"{path}: expected a beta_schedule of these: {known}; got {name} with other numbers, or another one")
+    if theirs.get("rescale_betas_zero_snr") or theirs.get("trained_betas"):
+        raise ValueError(f"{path}: expected no rescale_betas_zero_snr and no trained_betas, this program knows neither")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"{path}: expected the prediction_type epsilon or v_prediction, got {prediction}")
     spacing = "trailing" if theirs.get("timestep_spacing") == "trailing" else "leading"

@@ -1,10 +1,11 @@
 """Train the second evening: `python -m latent_ext.train all` makes a whole Stable Diffusion, from scratch.
 
 classes: a U-Net in pixels that is told what to draw. vae, clip, unet: the three networks of Stable Diffusion, each on top
-of those before; all: these three. What is ready after each look is a folder that `latent_ext.generate` draws with.
+of those before; all: these three. After each look at the U-Net a folder is ready that `latent_ext.generate` draws with.
 """
 
 import argparse
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from latent_ext.vae import VAE, kl
 from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
 from toolbox.data import SIZES, Data, from_bytes, load_data
 from toolbox.files import check_number, errors_in_one_sentence
+from toolbox.metrics import some
 from toolbox.models import card, read
 from toolbox.pictures import loss_by_level, plot_training, save_grid
-from toolbox.run import PROCESSES, Run, all_processes, first_process_first, pick_device
+from toolbox.run import PROCESSES, RANK, Run, all_processes, first_process_first, pick_device
 from unet import UNet
 
 STEPS = {"classes": 2200, "vae": 4500, "clip": 300, "unet": 1800}
@@ -50,13 +52,13 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
     args = parser.parse_args()
     check_number("--seed", args.seed, 0, 2**32 - 1)
-    if args.part == "all" and args.steps:
+    if args.part == "all" and args.steps is not None:
         raise ValueError("--steps are those of one part: train vae, clip and unet one after the other")
     args.device = pick_device(args.device)
 
     latent = args.part != "classes"
     with first_process_first():
-        data = load_data(args.data, args.size or (64 if latent else None))
+        data = load_data(args.data, 64 if latent and args.size is None else args.size)
     if latent and data.size % 8:
         raise ValueError(f"--size {data.size}: expected a multiple of 8, as CLIP looks at squares of 8 x 8 pixels")
     args.out = args.out or Path("runs") / f"{data.name}-{'latent' if latent else 'classes'}"
@@ -81,8 +83,9 @@ def main() -> None:
 
 def train_classes(args: argparse.Namespace, data: Data) -> None:
     torch.manual_seed(args.seed)
-    network = ClassUNet(data.classes, in_channels=data.channels, out_channels=data.channels)
-    schedule = NoiseSchedule.cosine()
+    widths = (32, 64, 96, 128)  # what listening adds is taken from the third level: as many weights as train.py's
+    network = ClassUNet(data.classes, in_channels=data.channels, out_channels=data.channels, widths=widths)
+    schedule = NoiseSchedule.sigmoid()
     about = card(network, schedule, data.size, data.name, list(data.classes))
     untold = torch.zeros(1, len(data.classes), dtype=torch.long)
     run = begin(args, "classes", network, data, about, [*picture_and_time(data), untold])
@@ -97,7 +100,7 @@ def train_classes(args: argparse.Namespace, data: Data) -> None:
         loss = F.mse_loss(predict_noise(x_t, t, labels), noise)  # math.md (7)
         run.step(loss)
         if run.pictures_due():
-            show_unet(run, schedule, (data.labels[:36] + 1).to(run.device), untold.to(run.device))
+            show_unet(run, schedule, (data.labels[seen_at_looks(data)] + 1).to(run.device), untold.to(run.device))
 
 
 # ---- Stable Diffusion's three networks ---------------------------------------------------------------------------------
@@ -108,15 +111,14 @@ def train_vae(args: argparse.Namespace, data: Data) -> None:
     network = VAE(data.channels, widths=(16, 32, 64))
     latents = torch.zeros(1, 4, data.size // network.factor, data.size // network.factor)
     run = begin(args, "vae", network, data, {"network": network.config}, [picture_and_time(data)[0], latents])
-    with first_process_first():
-        held_out = load_data(args.data, data.size, held_out=True)
+    held_out = load_data(args.data, data.size, held_out=True)
     autoencode = run.fast(run.network)
     for x0 in run.batches():
         x, mean, logvar = autoencode(x0, run.randn_like(latents))
         loss = F.mse_loss(x.float(), x0) + KL_WEIGHT * kl(mean.float(), logvar.float())  # math.md (16)
         run.step(loss)
         if run.pictures_due():
-            x0 = from_bytes(held_out.images[:32]).to(run.device)
+            x0 = from_bytes(some(held_out.images, 32)).to(run.device)
             with torch.no_grad():
                 x = run.averaged.decode(run.averaged.encode(x0)[0])
             tqdm.write(f"step {run.k}: pictures encoded and decoded again differ by a PSNR of {psnr(x, x0):.1f} dB")
@@ -134,8 +136,10 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
     tokens = tokenizer(number)  # (texts, length)
     caption = torch.tensor([number[caption] for caption in data.captions])  # which of the texts is each picture's
     run = begin(args, "clip", network, data, about, [picture_and_time(data)[0], tokens[:1]])
-    with first_process_first():
-        held_out = load_data(args.data, data.size, held_out=True)
+    held_out = load_data(args.data, data.size, held_out=True)
+    others = min(63, len(set(held_out.captions)) - 1)
+    if others < 1:
+        raise ValueError(f"--data {args.data}: expected two different captions or more among its held-out pictures")
     fit = run.fast(run.network)
     for x0 in run.batches():
         captions = caption[run.chosen]  # (B,)
@@ -143,8 +147,8 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
         loss = contrast(scores, captions.to(run.device))  # math.md (17)
         run.step(loss)
         if run.pictures_due():
-            found = 100 * finds(run.averaged, tokenizer, held_out)
-            tqdm.write(f"step {run.k}: {found:.1f} of 100 held-out pictures fit their own caption better than 63 others")
+            found = 100 * finds(run.averaged, tokenizer, held_out, others)
+            tqdm.write(f"step {run.k}: {found:.1f} of 100 held-out pictures fit their own caption better than {others} others")
             plot_similarity(run.averaged, tokenizer, held_out, run.folder / "similarity.png")
             plot_training(run.history, {}, run.folder / "loss.png")
 
@@ -153,8 +157,10 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     vae, text, tokenizer = load_parts(args.out / "training", args.device)
     texts, versions = phrasings(data.captions)
     with torch.no_grad():
-        states = torch.cat([text(some.to(args.device)) for some in tokenizer(texts).split(256)])  # (texts, length, width)
-    data = encode(vae, data)
+        states = torch.cat([text(part.to(args.device)) for part in tokenizer(texts).split(256)])  # (texts, length, width)
+    parts = [args.out / "training" / part / "model.pt" for part in ("vae", "clip")]
+    made_of = {"their content": data.content, "vae and clip": [zlib.crc32(path.read_bytes()) for path in parts]}
+    data = encode(vae, data)  # its last bits differ from machine to machine, so the run remembers the content of before
 
     torch.manual_seed(args.seed)
     network = UNet(
@@ -168,7 +174,7 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     )
     schedule = NoiseSchedule.cosine()
     pipeline = Pipeline(network, vae, text, tokenizer, schedule, data.size * vae.factor, "v_prediction", "trailing")
-    run = begin(args, "unet", network, data, {"network": network.config}, [*picture_and_time(data), states[:1]])
+    run = begin(args, "unet", network, data, {"network": network.config}, [*picture_and_time(data), states[:1]], made_of)
     predict_noise = v_to_noise(run.fast(run.network), schedule)
     for x0 in run.batches():
         t = run.randint(schedule.T)
@@ -179,16 +185,18 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
         loss = F.mse_loss(predict_noise(x_t, t, states[said]), noise)  # math.md (7)
         run.step(loss)
         if run.pictures_due():
-            show_unet(run, schedule, states[versions[:36, 0]], states[:1], vae)
+            show_unet(run, schedule, states[versions[seen_at_looks(data), 0]], states[:1], vae)
             save(replace(pipeline, unet=run.averaged), args.out)
+    if RANK == 0:
+        save(replace(pipeline, unet=run.averaged), args.out)  # the last look may have been cut short
     print(f"{args.out} is a Stable Diffusion: python -m latent_ext.generate 'A TEXT' --model {args.out}")
 
 
 @torch.no_grad()
-def finds(network: CLIP, tokenizer: Tokenizer, data: Data, others: int = 63) -> float:
+def finds(network: CLIP, tokenizer: Tokenizer, data: Data, others: int) -> float:
     """The share of pictures that fit their own caption better than any of so many others, drawn at random, all different."""
     device, number = network.sharpness.device, {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
-    images = torch.cat([network.images(from_bytes(some).to(device)) for some in data.images[:512].split(64)])
+    images = torch.cat([network.images(from_bytes(part).to(device)) for part in data.images[:512].split(64)])
     fits = (images @ network.texts(tokenizer(number).to(device)).T).cpu()  # (pictures, texts)
     generator, found = torch.Generator().manual_seed(0), 0
     for fit, caption in zip(fits, data.captions, strict=False):
@@ -217,9 +225,17 @@ def load_parts(folder: Path, device: torch.device) -> tuple[VAE, TextEncoder, To
 # ---- what all of them need ---------------------------------------------------------------------------------------------
 
 
-def begin(args: argparse.Namespace, part: str, network: nn.Module, data: Data, about: dict, example: list[Tensor]) -> Run:
+def begin(
+    args: argparse.Namespace,
+    part: str,
+    network: nn.Module,
+    data: Data,
+    about: dict,
+    example: list[Tensor],
+    made_of: dict | None = None,
+) -> Run:
     """A run, as the core's, in a folder of its own."""
-    steps = args.steps or STEPS[part]
+    steps = STEPS[part] if args.steps is None else args.steps
     if part in ("vae", "clip") and (PROCESSES > 1 or args.accumulate > 1):
         raise ValueError(f"{part} is trained by one process, each batch as a whole: without torchrun and --accumulate")
     run = Run(
@@ -227,9 +243,9 @@ def begin(args: argparse.Namespace, part: str, network: nn.Module, data: Data, a
         network=network,
         data=data,
         card=about,
-        settings={"part": part, "pictures": len(data.images), "their content": data.content},
+        settings={"part": part, "pictures": len(data.images)} | (made_of or {"their content": data.content}),
         steps=steps,
-        batch=args.batch or BATCH[part],
+        batch=BATCH[part] if args.batch is None else args.batch,
         seed=args.seed,
         device=args.device,
         precision=args.precision,
@@ -241,6 +257,11 @@ def begin(args: argparse.Namespace, part: str, network: nn.Module, data: Data, a
     else:
         run.announce()
     return run
+
+
+def seen_at_looks(data: Data) -> Tensor:
+    """The indices of 36 pictures, spread over all, since a folder of classes is sorted."""
+    return some(torch.arange(len(data.images)), 36)
 
 
 def picture_and_time(data: Data) -> tuple[Tensor, Tensor]:
@@ -260,7 +281,7 @@ def show_unet(run: Run, schedule: NoiseSchedule, context: Tensor, nothing: Tenso
     x = sample(guided(predict_noise, context, nothing, 3), noise, schedule, clip=vae is None, generator=generators)
     with torch.no_grad():
         save_grid(x if vae is None else vae.decode(x / vae.scale), run.folder / f"samples-{run.k:06}.png")
-    x0 = run.data.batch(torch.arange(len(context)), torch.zeros(len(context), dtype=torch.bool)).to(run.device)
+    x0 = run.data.batch(seen_at_looks(run.data), torch.zeros(len(context), dtype=torch.bool)).to(run.device)
     plot_training(run.history, loss_by_level(guided(predict_noise, context, nothing, 1), x0, schedule), run.folder / "loss.png")
 
 

@@ -107,7 +107,7 @@ def fastest(device: torch.device, precision: torch.dtype) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--v15", action="store_true", help="Stable Diffusion's U-Net, one call, float32")
+    parser.add_argument("--v15", action="store_true", help="Stable Diffusion's U-Net, one call")
     parser.add_argument("--batch", type=int, help="(default: 16 as train.py has it; --v15: 1)")
     parser.add_argument("--size", type=int, help="pixels, or latents (default: 32)")
     parser.add_argument("--rounds", type=int, default=8)
@@ -119,7 +119,7 @@ def main() -> None:
     keep_memory()
     steps = {"sampling": sampling} if args.v15 else {"training": training, "sampling": sampling}
     networks, given = {who: make(kind, who, device) for who in MAKE[kind]}, inputs(kind, batch, size, device)
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {batch} of {size} x {size} a step, float32")
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {batch} of {size} x {size} a step")
     for who, network in networks.items():
         print(f"{who}: {sum(p.numel() for p in network.parameters()):,} parameters")
 

@@ -304,6 +304,25 @@ def test_a_text_is_start_words_end_and_filled_up_with_end():
     assert words.size == 3 + len({word for caption in CAPTIONS for word in caption.split()})
 
 
+def test_the_longest_caption_fits_up_to_clips_own_length():
+    for words, length in ((18, 20), (19, 21), (75, 77), (90, 77)):
+        tokenizer = Tokenizer.of_words(["a cat", " ".join(["very"] * words)])
+        assert tokenizer.length == length and tokenizer("a cat").shape == (1, length)
+
+
+def test_scores_are_exact_in_bfloat16_too():
+    torch.manual_seed(0)
+    words = Tokenizer.of_words(CAPTIONS)
+    clip = CLIP(TextEncoder(words.size, 16, 1, 2, 20), ImageEncoder(3, 16, 4, 16, 1, 2), words.end)
+    x, tokens = torch.randn(8, 3, 16, 16), words(CAPTIONS[:8])
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = clip(x, tokens)
+        images, texts = clip.images(x), clip.texts(tokens)
+    exact = 1 / 0.07 * images.float() @ texts.float().T
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, exact, rtol=1e-3, atol=1e-3)
+
+
 def test_capitals_spaces_and_punctuation_do_not_matter():
     words = Tokenizer.of_words(CAPTIONS)
     assert torch.equal(words("  A Blue\n\tCAT "), words("a blue cat"))

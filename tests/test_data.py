@@ -181,6 +181,12 @@ def test_captions_are_the_texts_beside_the_pictures_else_the_sub_folders(here):
     assert list(load_data("nested", 8).captions) == ["cats", "dogs"]
 
 
+def test_a_folder_named_like_known_data_is_not_that_data(here):
+    (here / "cats").mkdir()
+    Image.new("RGB", (9, 9)).save(here / "cats" / "tom.png")
+    assert load_data("./cats", 8).name == "cats-folder"
+
+
 def test_sub_folders_are_classes_where_they_sort_all_pictures(here):
     for name in ("photos/cats/in/1.png", "photos/cats/2.png", "photos/birds/3.png"):
         picture(here / name)

@@ -30,13 +30,16 @@ def test_every_file_that_is_linked_is_there(page):
         assert ((ROOT / page).parent / link).exists(), link
 
 
+PROGRAMS = "train.py", "sample.py", "evaluate.py", "-m latent_ext.train", "-m latent_ext.generate", "-m latent_ext.evaluate"
+
+
 def test_the_file_map_counts_right():
     for file, lines in re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", README, flags=re.MULTILINE):
         assert core_lines(ROOT / file) == int(lines), file
     assert len(README.splitlines()) <= 250
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py", "evaluate.py", "-m latent_ext.train", "-m latent_ext.generate"])
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_every_flag_in_the_readmes_is_one_of_the_program(program, here):
     options = command(*program.split(), "--help").stdout
     lines = [line for line in (README + SECOND).splitlines() if f"python {program}" in line]

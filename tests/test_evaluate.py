@@ -20,7 +20,7 @@ from toolbox import metrics
 from toolbox.cats import draw
 from toolbox.data import Data, from_bytes, load_data, to_bytes
 from toolbox.metrics import train_feature_net
-from toolbox.models import READY, card, load_model, save_model
+from toolbox.models import READY, SCHEDULES, card, load_model, save_model
 from toolbox.pictures import loss_by_level, save, to_image
 from unet import UNet
 
@@ -179,7 +179,7 @@ def measured(network, schedule, capsys):
     return ours, best, line
 
 
-@pytest.mark.parametrize("make", [NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine])
+@pytest.mark.parametrize("make", SCHEDULES.values())
 def test_the_best_linear_denoiser_is_at_the_line(make, capsys):
     schedule = make()
     ours, best, _ = measured(linear_network(schedule, smooth_pictures()[2]), schedule, capsys)
@@ -203,7 +203,7 @@ def test_one_that_knows_the_pictures_has_learned_more(capsys, monkeypatch):
     assert "loss      0.0000 on" in (line := capsys.readouterr().out) and "it has learned more than" in line
 
 
-@pytest.mark.parametrize("make", [NoiseSchedule.linear, NoiseSchedule.scaled_linear, NoiseSchedule.cosine])
+@pytest.mark.parametrize("make", SCHEDULES.values())
 def test_levels_of_nearly_only_noise_or_nearly_none_are_not_judged(make, capsys, monkeypatch):
     schedule = make()
 

@@ -49,6 +49,7 @@ def test_half_of_the_prompts_ask_for_what_nobody_trained_on():
     prompts, labels, unseen = ask(data, 20, find(READY))
     assert len(prompts) == 20
     assert unseen.sum() == 10 and torch.equal(left_out(labels), unseen)
+    assert prompts[-1] == data.captions[(~left_out(data.labels)).nonzero()[-1]]  # spread over all: folders are sorted
     for prompt, row in zip(prompts, labels.tolist(), strict=True):
         assert row in data.labels[[i for i, caption in enumerate(data.captions) if caption == prompt]].tolist()
 

@@ -151,12 +151,12 @@ def test_the_vae_learns_to_give_back_its_pictures(train_here):
 
 def test_clip_learns_which_caption_belongs_to_which_picture(train_here, monkeypatch):
     trained = []
-    monkeypatch.setattr(latent_ext.train, "finds", lambda network, tokenizer, _: trained.append((network, tokenizer)) or 0.0)
+    monkeypatch.setattr(latent_ext.train, "finds", lambda network, tokenizer, *_: trained.append((network, tokenizer)) or 0.0)
     train_here("clip", "--steps", 40, "--batch", 32)
     data = load_data("photos", 32)
-    assert finds(*trained[0], data) > 0.3  # one of 30 by chance
+    assert finds(*trained[0], data, 63) > 0.3  # one of 30 by chance
     mixed = replace(data, captions=data.captions[1:] + data.captions[:1])
-    assert finds(*trained[0], mixed) < 0.2
+    assert finds(*trained[0], mixed, 63) < 0.2
 
 
 def test_the_unet_is_told_a_caption_without_some_clauses_or_one_time_in_ten_nothing(train_here, monkeypatch):
@@ -218,6 +218,43 @@ def test_a_training_that_is_stopped_goes_on_bit_by_bit(train_here, monkeypatch):
     assert again["k"] == 4 and again["history"] == whole["history"]
     for kind in ("network", "averaged"):
         assert all(torch.equal(w, whole[kind][name]) for name, w in again[kind].items())
+
+
+def test_a_unet_goes_on_with_the_vae_and_the_texts_that_it_began_with(train_here, captioned, monkeypatch):
+    """The same ones, even where latents come out a little differently, as on another machine; no others."""
+    train_here("vae")
+    train_here("clip")
+    train_here("unet")
+    monkeypatch.setattr(latent_ext.train, "encode", lambda vae, data: almost(encode(vae, data)))
+    train_here("unet", "--steps", 3)
+    train_here("clip", "--steps", 3)
+    with pytest.raises(ValueError, match="out/training/unet holds a run with vae and clip = "):
+        train_here("unet", "--steps", 4)
+
+
+def almost(latents):
+    return replace(latents, images=latents.images * (1 + 1e-6))
+
+
+def test_captions_that_are_all_the_same_cannot_be_told_apart(train_here, captioned):
+    for text in captioned.rglob("*.txt"):
+        text.write_text("a cat")
+    with pytest.raises(ValueError, match="expected two different captions or more among its held-out pictures"):
+        train_here("clip")
+
+
+def test_no_steps_and_no_batch_are_refused(train_here):
+    for flag in ("--steps", "--batch"):
+        with pytest.raises(ValueError, match=f"{flag} 0: expected 1 or more"):
+            train_here("vae", flag, 0)
+
+
+def test_looks_are_at_pictures_of_all_folders(captioned):
+    few = load_data("photos", 16)
+    many = replace(few, images=torch.zeros(1000, 1, 1, 1, dtype=torch.uint8))
+    assert latent_ext.train.seen_at_looks(few).tolist() == list(range(30))
+    looks = latent_ext.train.seen_at_looks(many)
+    assert len(looks) == 36 and looks[0] == 0 and looks[18] == pytest.approx(514, abs=1) and looks[35] == 999
 
 
 @pytest.mark.parametrize("part", ["unet", "classes"])

@@ -108,8 +108,8 @@ def test_the_weight_that_ddpm_drops():
 
 
 def test_the_share_of_fresh_noise_in_the_text():
-    """Section 6: of the noise that is left after a step at eta = 1, sigma^2 / (1 - ab_prev) is fresh; cosine, 40 steps."""
-    alpha_bar = [*NoiseSchedule.cosine().alpha_bar.tolist(), 1.0]
+    """Section 6: of the noise that is left after a step at eta = 1, sigma^2 / (1 - ab_prev) is fresh; sigmoid, 40 steps."""
+    alpha_bar = [*NoiseSchedule.sigmoid().alpha_bar.tolist(), 1.0]
 
     def fresh(t, t_prev):
         a, a_prev = alpha_bar[t], alpha_bar[t_prev]
@@ -121,12 +121,25 @@ def test_the_share_of_fresh_noise_in_the_text():
 
 
 def test_the_table_of_schedules_is_true():
-    for name, row in (("linear", "linear (DDPM)"), ("scaled_linear", "scaled linear"), ("cosine", "cosine (Nichol")):
+    rows = {
+        "linear": "linear (DDPM)",
+        "scaled_linear": "scaled linear",
+        "cosine": "cosine (Nichol",
+        "sigmoid": "sigmoid (Jabri",
+    }
+    for name, row in rows.items():
         alpha_bar = getattr(NoiseSchedule, name)().alpha_bar
         cells = [cell.strip().replace(",", "") for cell in next(li for li in text().splitlines() if row in li).split("|")[2:6]]
         expected = [alpha_bar[0], alpha_bar[500], alpha_bar[999], alpha_bar[999] ** -0.5]
         for cell, value in zip(cells, expected, strict=True):
             assert float(cell) == pytest.approx(value.item(), rel=0.03), (name, cell)
+
+
+def test_the_shares_of_steps_at_both_ends():
+    found = re.search(r"take ([\d.]+) % of the steps of the linear schedule, ([\d.]+) % of the cosine's, ([\d.]+) %", prose())
+    for name, share in zip(("linear", "cosine", "sigmoid"), found.groups(), strict=True):
+        alpha_bar = getattr(NoiseSchedule, name)().alpha_bar
+        assert 100 * ((alpha_bar > 0.98) | (alpha_bar < 0.02)).float().mean().item() == pytest.approx(float(share), abs=0.06)
 
 
 # ---- near pure noise ------------------------------------------------------------------------------------------------

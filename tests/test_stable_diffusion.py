@@ -783,7 +783,7 @@ def test_the_schedule_is_read_or_refused(tmp_path):
         assert values == pytest.approx(
             [0.99914998, 0.99829602, 0.67379230, 0.27633247, 0.00466010], abs=1e-6
         )  # theirs is a product in float32
-    for change in ({"beta_schedule": "sigmoid"}, {"beta_end": 0.02}, {"prediction_type": "sample"}):
+    for change in ({"beta_schedule": "sigmoid"}, {"beta_end": 0.02}, {"prediction_type": "sample"}, {"trained_betas": [0.1]}):
         path.write_text(json.dumps(PNDM | change))
         with pytest.raises(ValueError, match=r"scheduler_config\.json: expected"):
             stable_diffusion.read_schedule(path)

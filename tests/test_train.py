@@ -300,7 +300,7 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
     assert len(seen) == len(losses) == 3
     for (t, x_t, noise, x0), (predicted, target), (x, when, answer) in zip(seen, losses, asked[-3:], strict=True):
         assert target is noise and torch.equal(x, x_t) and torch.equal(when, t)
-        a = NoiseSchedule.cosine().alpha_bar[t].view(-1, 1, 1, 1)
+        a = NoiseSchedule.sigmoid().alpha_bar[t].view(-1, 1, 1, 1)
         torch.testing.assert_close(predicted, (1 - a).sqrt() * x_t + a.sqrt() * answer)  # the network answers v
         assert noise.shape == x0.shape and abs(noise.std() - 1) < 0.1 and -1 <= x0.min() < 0 < x0.max() <= 1
 
@@ -352,7 +352,7 @@ def test_a_model_is_shared_in_16_bits_with_all_that_rebuilds_it(train_here):
     train_here("--steps", 2)
     network, schedule, about = load_model("run/model.pt")
     assert about["size"] == 16 and about["channels"] == 3 and about["data"] == "photos" and about["format"] == 2
-    assert schedule.name == "cosine" and schedule.T == 1000
+    assert schedule.name == "sigmoid" and schedule.T == 1000
     exact = checkpoint("run")["averaged"]
     for name, weight in network.state_dict().items():
         torch.testing.assert_close(weight, exact[name], rtol=1e-3, atol=1e-4)
@@ -385,7 +385,7 @@ def said(main, capsys):
         (["--size", "0"], "--size 0: expected 1 pixel or more"),
         (["--steps", "0"], "--steps 0: expected 1 or more"),
         (["--batch", "0"], "--batch 0: expected 1 or more"),
-        (["--batch", str(10**12)], "the memory is not enough: a training needs less with a smaller --batch"),
+        (["--batch", str(10**12)], "the memory is not enough: train with a smaller --batch"),
         (["--accumulate", "0"], "--accumulate 0: expected 1 or more"),
         (["--accumulate", "3"], "--batch 16: expected a multiple of 3, for even shares"),
         (["--seed", "-1"], "--seed -1: expected 0 to 4294967295"),

@@ -2,7 +2,8 @@
 
 The recipe is that of diffusers' example for unconditional generation (its README's command): AdamW, a learning rate of 1e-4
 that rises for 500 steps and falls as a cosine, batches of 16, the noise itself learned with DDPM's linear schedule, an
-average of the weights. --network example is that example's U-Net (114 million parameters), --network ours diffusers' U-Net
+average of the weights. How many steps there will be follows from forward and backward alone; the minutes that were really
+spent are printed. --network example is that example's U-Net (114 million parameters), --network ours diffusers' U-Net
 of our default widths. The drawn cats, the sampler and the judge are those of train.py and evaluate.py.
 """
 
@@ -55,7 +56,7 @@ def main() -> None:
     for _ in range(5):  # how many steps will there be?
         loss().backward()
         network.zero_grad()
-    steps = int(60 * args.minutes / ((time.perf_counter() - start) / 5))
+    steps = max(1, int(60 * args.minutes / ((time.perf_counter() - start) / 5)))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rate = get_cosine_schedule_with_warmup(optimizer, 500, steps)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -75,7 +76,8 @@ def main() -> None:
         f"{steps} steps in {minutes:.1f} minutes, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters"
     )
     average.copy_to(network.parameters())
-    samples = evaluate.draw(lambda x, t: network(x, t).sample, schedule, (3, 32, 32), args, torch.device("cpu"))
+    how = range(args.seed, args.seed + args.n), args.steps, args.eta, torch.device("cpu")
+    samples = evaluate.draw(lambda x, t: network(x, t).sample, schedule, (3, 32, 32), *how)
     evaluate.judge(samples, feature_net(data), data, held_out)
 
 

@@ -181,7 +181,8 @@ def load_folder(folder: Path, size: int, held_out: bool) -> Data:
     version = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
     place = Path(os.path.abspath(folder))  # two folders may have the same name; a link keeps the one that was typed
     name = f"{place.name}-{short_hash(str(place))}"
-    return Data(place.name, **cached(name, size, held_out, version, lambda: (classes, samples())))
+    known_as = f"{place.name}-folder" if place.name in SIZES else place.name  # a folder named cats is not the drawn cats
+    return Data(known_as, **cached(name, size, held_out, version, lambda: (classes, samples())))
 
 
 def read_picture(path: Path, size: int) -> Tensor:

@@ -81,7 +81,7 @@ def sentence(error: Exception) -> str | None:
     if isinstance(error, ValueError | OSError):
         return str(error)
     if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY):
-        return "the memory is not enough: a training needs less with a smaller --batch, or with a higher --accumulate"
+        return "the memory is not enough: train with a smaller --batch (or a higher --accumulate), or draw smaller pictures"
     if "by peer" in str(error):  # a connection closed or reset
         return "another process of this training has ended, and so this one does; the last checkpoint is kept"
     return None

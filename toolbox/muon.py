@@ -21,7 +21,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
             for w in group["params"]:
-                average = self.state[w].setdefault("average", torch.zeros_like(w))
+                if w not in self.state:
+                    self.state[w]["average"] = torch.zeros_like(w)
+                average = self.state[w]["average"]
                 average.lerp_(w.grad, 1 - momentum)
                 ahead = w.grad.lerp(average, momentum).flatten(1)  # Nesterov: where the average is going
                 # Its numbers are about 1 / sqrt(the longer side); 0.2 is the usual size of AdamW's (Liu et al. 2025).

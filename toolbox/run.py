@@ -81,10 +81,11 @@ def mean(number: float) -> float:
 
 def pick_device(name: str | None = None) -> torch.device:
     """The one asked for, else the first that works: a GPU, Apple's GPU (for one process), the processor."""
+    cuda = f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 else "cuda"  # each process of this machine has its own GPU
     if name is None:
-        name = next(name for name in ("cuda", "mps", "cpu") if works(name) is None and (name != "mps" or PROCESSES == 1))
-    if name == "cuda" and PROCESSES > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"  # each process of this machine has its own GPU
+        name = next(name for name in (cuda, "mps", "cpu") if works(name) is None and (name != "mps" or PROCESSES == 1))
+    if name == "cuda":
+        name = cuda
     if error := works(name):
         raise ValueError(
             f"--device {name}: this machine has no such device, or PyTorch cannot use it; try --device cpu"
@@ -106,8 +107,9 @@ def keep_memory() -> None:
     """Linux' C library gives each large block back to the system, which must then clear it anew, hundreds of times a step."""
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library than glibc
-            for name, value in ((-1, 2**31 - 1), (-3, 2**30)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
-                ctypes.CDLL(None).mallopt(name, value)
+            libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
+            libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # older ones: at most 32 MB
 
 
 def generator_for(seed: int, k: int) -> torch.Generator:
@@ -298,7 +300,7 @@ class Run:
                 if self.device.type != "cpu":  # a GPU works on while Python goes on
                     getattr(torch, self.device.type).synchronize()
                 seconds.append(time.perf_counter() - start)
-                if seconds[-1] > hopeless:
+                if self.device.type == "cpu" and mean(seconds[-1]) > hopeless:  # all processes agree
                     break
         except (RuntimeError, TypeError):  # this device has no bfloat16
             if precision == "float32" or precision == self.precision:
