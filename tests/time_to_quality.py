@@ -8,6 +8,7 @@ of our default widths. The drawn cats, the sampler and the judge are those of tr
 """
 
 import argparse
+import statistics
 import time
 
 import torch
@@ -52,11 +53,13 @@ def main() -> None:
         x_t, noise = add_noise(x0, t, schedule)
         return F.mse_loss(network(x_t, t).sample, noise)
 
-    start = time.perf_counter()
-    for _ in range(5):  # how many steps will there be?
+    seconds = []
+    for _ in range(9):  # how many steps will there be?
+        start = time.perf_counter()
         loss().backward()
         network.zero_grad()
-    steps = max(1, int(60 * args.minutes / ((time.perf_counter() - start) / 5)))
+        seconds.append(time.perf_counter() - start)
+    steps = max(1, int(60 * args.minutes / statistics.median(seconds)))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rate = get_cosine_schedule_with_warmup(optimizer, 500, steps)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
