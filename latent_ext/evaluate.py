@@ -19,7 +19,7 @@ from latent_ext.pipeline import Pipeline, text_to_image
 from latent_ext.train import psnr
 from toolbox.data import Data, from_bytes, load_data, to_bytes
 from toolbox.files import check_number, errors_in_one_sentence
-from toolbox.metrics import FeatureNet, feature_net, some
+from toolbox.metrics import FeatureNet, Inception, feature_net, some
 from toolbox.run import pick_device
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="network calls for each picture")
     parser.add_argument("--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM")
     parser.add_argument("--guidance", type=float, nargs="+", default=GUIDANCE, help="scales to compare; 0 does not listen")
+    parser.add_argument("--inception", action="store_true", help="FID on Inception's features, too (needs torchmetrics)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
     check_number("--n", args.n, 4)  # as in evaluate.py
@@ -41,6 +42,7 @@ def main() -> None:
         check_number("--guidance", scale, 0)
     pipeline = find(args.model or default_model(), pick_device(args.device))
     pipeline.walk(args.steps)  # before the work, not after it: are there so many steps?
+    inception = Inception() if args.inception else None
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
         raise ValueError(f"--data {args.data}: its pictures have no classes, so nobody knows what is right")
@@ -69,6 +71,8 @@ def main() -> None:
         print(f"{scale:<12}" + (" " * 12).join(halves), flush=True)
         if pipeline.size == size and not unseen.any():  # as large and as mixed as the data
             distances(pictures, classifier, data)
+            if inception:
+                distances(pictures, inception, data)
 
 
 def ask(held_out: Data, n: int, pipeline: Pipeline) -> tuple[list[str], Tensor, Tensor]:

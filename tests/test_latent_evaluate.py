@@ -62,6 +62,13 @@ def test_a_model_of_classes_is_asked_in_its_own_words():
     assert [labels_of(prompt, ATTRIBUTES) for prompt in prompts] == (labels + 1).tolist()
 
 
+class Half:
+    name = "half"
+
+    def __init__(self, classifier):
+        self.see = lambda images: classifier.see(images) / 2
+
+
 def test_guidance_0_draws_as_if_nothing_was_asked_and_is_compared_with_the_data_too(tmp_path, monkeypatch, capsys):
     """So one model of classes is both: told what to draw, and the simple one."""
     torch.manual_seed(0)
@@ -74,10 +81,14 @@ def test_guidance_0_draws_as_if_nothing_was_asked_and_is_compared_with_the_data_
     save_model(tmp_path / "model.pt", network, card(network, NoiseSchedule.sigmoid(), 8, "folder"))
     monkeypatch.setattr(latent_ext.evaluate, "load_data", lambda *a, **k: data)
     monkeypatch.setattr(latent_ext.evaluate, "feature_net", lambda data: classifier)
+    monkeypatch.setattr(latent_ext.evaluate, "Inception", lambda: Half(classifier))  # stands for another scale
     words = ["evaluate", "--model", str(tmp_path / "model.pt"), "--n", "8", "--steps", "2", "--guidance", "0", "1"]
+    words.append("--inception")
     monkeypatch.setattr(sys, "argv", words)
     latent_ext.evaluate.main()
-    printed = re.findall(r"KID x 1000, our features +(-?[\d.]+)", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    halves = re.findall(r"KID x 1000, half +(-?[\d.]+)", printed)
+    printed = re.findall(r"KID x 1000, our features +(-?[\d.]+)", printed)
 
     def distance(prompts):
         how = {"steps": 2, "eta": 1.0, "guidance": 1.0, "generator": seeds(8)}
@@ -86,6 +97,7 @@ def test_guidance_0_draws_as_if_nothing_was_asked_and_is_compared_with_the_data_
 
     expected = [distance([""] * 8), distance(["0", "7"] * 4)]
     assert [float(x) for x in printed] == pytest.approx(expected, abs=0.06) and abs(expected[0] - expected[1]) > 0.5
+    assert len(halves) == 2 and all(0 < float(half) < float(whole) for half, whole in zip(halves, printed, strict=True))
 
 
 def test_the_judge_reads_drawings_of_twice_its_size(classifier):
