@@ -1,6 +1,6 @@
 """The pictures of the second evening's README: `python -m latent_ext.pictures` makes them, of any model of drawn cats.
 
-But for two: similarity.png is a picture of `latent_ext.train clip`, digits.png and objects.png of the README's commands with --model digits and cifar10.
+But for three: similarity.png is a picture of `latent_ext.train clip`, digits.png and objects.png of the README's commands.
 """
 
 import argparse
