@@ -248,11 +248,12 @@ def test_memory_is_kept_where_the_c_library_can_and_elsewhere_nothing_happens(mo
 
     class Library:
         def __init__(self, name):
-            self.mallopt = lambda *values: asked.append(values) or values[1] <= most  # 1: done, 0: refused
+            self.mallopt = lambda *values: asked.append(values) or values[1] <= self.most  # 1: done, 0: refused
 
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(toolbox.run.ctypes, "CDLL", Library)
     for most, expected in ((2**31, [(-1, 2**31 - 1), (-3, 2**30)]), (2**25, [(-1, 2**31 - 1), (-3, 2**30), (-3, 2**25)])):
+        Library.most = most
         asked.clear()
         toolbox.run.keep_memory()
         assert asked == expected  # an older one refuses the second
