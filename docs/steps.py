@@ -59,9 +59,11 @@ def main() -> None:
         panels[0].plot(args.steps, clean, marker="o", label=name)
         panels[1].errorbar(args.steps, *zip(*distance, strict=True), marker="o", capsize=3, label=name)
     panels[0].set(ylabel="clean samples, of 100")
-    panels[1].set(ylabel="KID x 1000, our features", yscale="log")
+    panels[1].set(ylabel="KID x 1000, our features", ylim=(0, None))
     for panel in panels:
         panel.set(xlabel="network calls", xscale="log")
+        panel.set_xticks(args.steps, args.steps)
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(args.out, dpi=100)
