@@ -28,8 +28,8 @@ def select(data: Data, wanted: Tensor) -> Data:
 def phrasings(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """All texts that the U-Net is trained with, the empty one first; and for each caption the indices of eight to choose from.
 
-    At least half of the eight (five for the drawn cats) are the whole caption, the others what is left when clauses ("with
-    ...", "on ...") are left out, of the third one on always: nobody who asks for "an orange cat" says what is behind it.
+    At least half of the eight (five for the drawn cats) are the whole caption. The others are its beginning, alone or with
+    one of its first two clauses ("with ...", "on ..."): nobody who asks for "an orange cat" says what is behind it.
     """
     texts, rows, known = {"": 0}, [], {}
     for caption in captions:
