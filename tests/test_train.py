@@ -343,6 +343,16 @@ def test_without_a_wish_the_first_device_that_works_is_taken(monkeypatch):
         toolbox.run.pick_device("cuda")
 
 
+@pytest.mark.parametrize("wish", [None, "cuda"])
+def test_each_process_of_a_machine_touches_its_own_gpu_only(monkeypatch, wish):
+    touched = []
+    monkeypatch.setattr(toolbox.run, "PROCESSES", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(toolbox.run, "works", lambda device: touched.append(device))
+    monkeypatch.setattr(torch.cuda, "set_device", touched.append)
+    assert toolbox.run.pick_device(wish) == torch.device("cuda:1") and set(touched) == {"cuda:1"}
+
+
 def test_timing_changes_no_weight_and_leaves_no_gradient(tmp_path):
     run, _ = tiny_run(tmp_path)
     before = copy.deepcopy(run.network.state_dict())
