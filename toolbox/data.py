@@ -269,7 +269,7 @@ def read_image(path: Path, size: int) -> Tensor:
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
     """The middle of it, resized."""
-    return ImageOps.center_crop_resize(image, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
