@@ -27,6 +27,7 @@ from processes import (
     sample,
     timestep_pairs,
 )
+from toolbox.files import check_number
 from toolbox.models import predict_noise_of
 from unet import UNet
 
@@ -53,9 +54,18 @@ class Pipeline:
         return self.vae.downsampling
 
     @property
+    def image_channels(self) -> int:
+        return self.vae.config["in_channels"]
+
+    @property
     def weight(self) -> Tensor:
         """One of the parameters: all have its device and precision."""
         return next(self.text_encoder.parameters())
+
+    @property
+    def for_inpainting(self) -> bool:
+        """Does the U-Net take more channels than z: a mask, and the latents around it?"""
+        return self.unet.config["in_channels"] > self.unet.config["out_channels"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """The context of the U-Net, (B, length, width)."""
@@ -82,16 +92,13 @@ class Pipeline:
 
     def timesteps(self, steps: int, strength: float = 1.0) -> list[tuple[int, int]]:
         """The pairs (t, t_prev) for `sample`: of `steps` pairs the last int(steps * strength)."""
-        T = self.schedule.T
-        if not 0 <= strength <= 1:
-            raise ValueError(f"expected a strength from 0 (keep) to 1 (forget), got {strength}")
-        if self.spacing == "trailing":
-            pairs = timestep_pairs(T, steps)
-        elif 1 <= steps < T:  # for 50 of 1000 steps: 981, 961, ..., 21, 1, and finally 0, not -1
+        T, leading = self.schedule.T, self.spacing == "leading"
+        check_number("--steps", steps, 1, T - leading)
+        check_number("--strength", strength, 0, 1)
+        pairs = timestep_pairs(T, steps)
+        if leading:  # for 50 of 1000 steps: 981, 961, ..., 21, 1, and finally 0, not -1
             t = [1 + T // steps * i for i in reversed(range(steps))]
             pairs = list(zip(t, [*t[1:], 0], strict=True))
-        else:
-            raise ValueError(f"expected 1 to {T - 1} steps, as the schedule has {T}, got {steps}")
         return pairs[steps - int(steps * strength) :]
 
 
@@ -227,14 +234,19 @@ class ClassPipeline(Pipeline):
 
     def __init__(self, network: ClassUNet, schedule: NoiseSchedule, config: dict):
         super().__init__(network.unet, None, network.label_embedding, None, schedule)
-        self.size, self.spacing, self.classes = config["size"], "trailing", network.classes
+        self.classes, self.size, self.spacing = network.classes, config["size"], "trailing"
         self.predict_noise = predict_noise_of(network.unet, schedule, config)
+
+    @property
+    def image_channels(self) -> int:
+        return self.unet.config["in_channels"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         labels = torch.tensor([parse_labels(prompt, self.classes) for prompt in prompts])
         return self.text_encoder(labels.to(self.weight.device))
 
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
+        randn_like(images, generator)  # dropped: seeds keep the images of earlier versions
         return images
 
     def decode(self, z0: Tensor) -> Tensor:
