@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import Binomial, Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
 from latent_ext.clip import contrastive_loss
 from latent_ext.data import held_out_combination
 from latent_ext.guidance import guided
 from latent_ext.vae import kl_divergence
-from processes import NoiseSchedule, add_noise, noise_from_v, randn_like, sample
-from toolbox.cats import ATTRIBUTES, draw
-from toolbox.metrics import frechet_distance, kernel_distance
+from processes import NoiseSchedule, add_noise, noise_from_v, randn_like, sample, timestep_pairs
+from toolbox.cats import ATTRIBUTES, COATS, draw
+from toolbox.metrics import frechet_distance
 from unet import UNet
 
 SCHEDULE = NoiseSchedule.linear(50)
@@ -75,9 +75,7 @@ def test_the_divergence_is_a_weighted_squared_error(t):
     ]
     many = sample(lambda x, t: 0 * x, x_t.expand(200_000, 1), SCHEDULE, **options)
     got = (means[0] - means[1]) ** 2 / (2 * many.var())  # of normal distributions, equal variances
-    torch.testing.assert_close(
-        got.squeeze(), weight_of(t, SCHEDULE) * 0.5**2, rtol=0.02, atol=1e-6
-    )
+    torch.testing.assert_close(got.squeeze(), weight_of(t, SCHEDULE) * 0.5**2, rtol=0.02, atol=1e-6)
 
 
 def test_the_bound_holds_and_the_best_denoiser_makes_it_smallest():
@@ -121,7 +119,11 @@ def test_an_error_of_v_is_no_larger_in_the_image():
 
 WIDE = double(0.5, 0.3, 0.3, 0.4).view(2, 2)
 ONE = double(1.0), double(0.5, -0.4)[None], WIDE[None]
-TWO = double(0.3, 0.7), double(-0.8, 0.2, 0.6, -0.3).view(2, 2), torch.stack([0.1 * EYE, 0.4 * WIDE])
+TWO = (
+    double(0.3, 0.7),
+    double(-0.8, 0.2, 0.6, -0.3).view(2, 2),
+    torch.stack([0.1 * EYE, 0.4 * WIDE]),
+)
 POINTS = double(0.3, 0.1, -1.0, 0.7, 0.9, -1.2).view(3, 2)
 
 
@@ -162,16 +164,6 @@ def test_the_best_answer_is_the_slope_of_the_log_density(data, t):
     torch.testing.assert_close(climbed, beta / 2 * slope, rtol=beta / (1 - ab), atol=1e-5)
 
 
-def test_what_the_two_distances_do_not_see():
-    """Section 9: one sees no skewness, and neither sees more. Even quantiles stand for draws."""
-    even = (torch.arange(3000, dtype=torch.float64)[:, None] + 0.5) / 3000
-    normal, skewed, coin = Normal(0, 1).icdf(even), -torch.log(1 - even) - 1, (even > 0.5) * 2.0 - 1
-    for other in (skewed, coin):  # both have mean 0 and variance 1; the second feature is 0
-        assert frechet_distance(*(nn.functional.pad(x, (0, 1)) for x in (other, normal))) < 0.001
-    assert kernel_distance(skewed, normal) == pytest.approx(4, abs=0.5)  # third moments: 2 and 0
-    assert abs(kernel_distance(coin, normal)) < 0.05
-
-
 # ---- the second evening --------------------------------------------------------------------------
 
 
@@ -188,19 +180,6 @@ def test_the_bound_of_an_autoencoder_is_tight_where_it_can_be():
     torch.testing.assert_close(bound(m, s), exact)
     for other in ((m + 0.1, s), (m - 0.1, s), (m, 1.2 * s), (m, 0.8 * s)):
         assert bound(*other) > exact
-
-
-def test_too_much_weight_on_the_divergence_silences_a_latent():
-    """Section 10: the best s^2 for one pixel and one latent is half of the weight, at most 1."""
-    axes = torch.linspace(0, 1.2, 241), torch.linspace(0.005, 1.2, 240)
-    a, s2 = torch.meshgrid(*axes, indexing="ij")  # z = a x + s noise
-    each = torch.stack([kl_divergence(a.flatten()[i], s2.log().flatten()[i]) for i in range(5)])
-    divergence = (a**2 + s2 - 1 - s2.log()) / 2
-    torch.testing.assert_close(divergence.flatten()[:5], each)
-    for weight in (0.1, 0.5, 2.5):
-        i = (s2 / (a**2 + s2) + weight * divergence).argmin()  # the error of the best line
-        assert s2.flatten()[i].item() == pytest.approx(min(1, weight / 2), abs=0.006)
-        assert (a.flatten()[i] == 0) == (weight > 2)
 
 
 def test_the_contrastive_loss_is_its_formula():
@@ -244,81 +223,86 @@ def test_guidance_follows_the_slope_of_a_sharpened_density(t, scale):
 # ---- figures -------------------------------------------------------------------------------------
 
 
+def ab(name, t):
+    return getattr(NoiseSchedule, name)().alpha_bar.double()[t]
+
+
 def levels(name):
-    ab = getattr(NoiseSchedule, name)().alpha_bar.double()
-    return [*ab[[0, 500, 999]].tolist(), ab[999].item() ** -0.5]
+    return [ab(name, 0), ab(name, 500), ab(name, 999), ab(name, 999) ** -0.5]
 
 
-def share_of_ends(name):
-    ab = getattr(NoiseSchedule, name)().alpha_bar
-    return 100 * ((ab > 0.98) | (ab < 0.02)).double().mean().item()
+def ends(*names):
+    """Percent of the time steps that are nearly clean or nearly pure noise."""
+    shares = [(ab(name, slice(None)) - 0.5).abs() > 0.48 for name in names]
+    return [100 * share.double().mean() for share in shares]
 
 
-def first_below(name, level):
-    return int((getattr(NoiseSchedule, name)().alpha_bar < level).nonzero()[0])
+def first_below(name, level=0.02):
+    return int((ab(name, slice(None)) < level).nonzero()[0])
 
 
-def fresh_share(t, t_prev):
-    """In percent, of the noise that is left after a step with eta = 1: sigma^2 / (1 - ab_prev)."""
-    ab = [*NoiseSchedule.sigmoid().alpha_bar.tolist(), 1.0]
-    return 100 * (1 - ab[t] / ab[t_prev]) / (1 - ab[t])
+def noise_to_signal(alpha_bar):
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
 
-def mean_colour_noise(ab, size=32):
-    return ((1 - ab) / ab) ** 0.5 / size
+def fresh(t, t_prev):
+    """Percent of the noise that is left after a step with eta = 1: sigma^2 / (1 - ab_prev)."""
+    return 100 * (1 - ab("sigmoid", t) / ab("sigmoid", t_prev)) / (1 - ab("sigmoid", t))
 
 
-def error_left(variance, eta):
-    """Of an error of 1 at t = 699, after the exact denoiser of N(0, variance), 40 steps in all."""
-    schedule = NoiseSchedule.sigmoid()
+def error_left(variance):
+    """Of an error of 1 at t = 699, at the end of 40 steps of N(0, variance)'s exact denoiser."""
 
     def predict_noise(x, t):
         ab = schedule.alpha_bar_at(t, x)
         return (1 - ab).sqrt() / (ab * variance + 1 - ab) * x
 
-    pairs = [pair for pair in timestep_pairs(1000, 40) if pair[0] <= 699]
-    options = {"timesteps": pairs, "eta": eta, "generator": [seeded(), seeded()]}
-    x = sample(predict_noise, double(0, 1).view(2, 1), schedule, **options)
-    return (x[1] - x[0]).item()
+    schedule, x = NoiseSchedule.sigmoid(), double(0, 1).view(2, 1)
+    options = {"timesteps": [pair for pair in timestep_pairs(1000, 40) if pair[0] <= 699]}
+    for eta in (0.0, 1.0):
+        options |= {"eta": eta, "generator": [seeded(), seeded()]}
+        yield (sample(predict_noise, x, schedule, **options)).diff(dim=0)
 
 
 def guidance_row(scale):
-    """Two classes N(-0.5, 0.25^2) and N(0.5, 0.25^2), drawn by the best network: the second."""
+    """Two classes, N(-0.5, 0.25^2) and N(0.5, 0.25^2); the best network draws the second one."""
     schedule, means, std = NoiseSchedule.cosine(), double(-0.5, 0.5), 0.25
 
-    def predict_noise(x, t, shares):
+    def predict_noise(x, t, classes):
         ab = schedule.alpha_bar_at(t, x)
         variance, off = ab * std**2 + 1 - ab, x - ab.sqrt() * means
-        share = (shares.log() - off**2 / (2 * variance)).softmax(1)
+        share = (classes.log() - off**2 / (2 * variance)).softmax(1)
         return (1 - ab).sqrt() * (share * off).sum(1, keepdim=True) / variance
 
-    noise = Normal(0, 1).icdf((torch.arange(20_000, dtype=torch.float64)[:, None] + 0.5) / 20_000)
-    second = double(0, 1).expand(20_000, 2)
-    network, row = guided(predict_noise, second, double(0.5, 0.5)[None], scale), []
+    noise = Normal(0, 1).icdf((torch.arange(5000, dtype=torch.float64)[:, None] + 0.5) / 5000)
+    second, either = double(0, 1).expand(5000, 2), double(0.5, 0.5)[None]
+    network = guided(predict_noise, second, either, scale)
     for eta in (0, 1):
         x = sample(network, noise, schedule, 200, eta, generator=seeded())
-        row += [x.mean().item(), x.std().item()]
+        yield from (x.mean(), x.std())
     grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
     each = Normal(means[:, None], std).log_prob(grid)
     share = (scale * each[1] + (1 - scale) * each.logsumexp(0)).softmax(0)
-    return [*row, (share * grid).sum().item()]
+    yield (share * grid).sum()
 
 
 def captions():
-    """Of the drawn cats without those held out: how many; how many of 64 share theirs; the loss."""
-    lengths = [len(values) for values in ATTRIBUTES.values()]
-    labels = torch.cartesian_prod(*map(torch.arange, lengths))
-    visible = [(FUR_NAMES[fur], PATTERN[pattern]) in COATS for fur, pattern in labels[:, :2]]
-    labels = labels[torch.tensor(visible)]
-    n = int((~held_out_combination(labels)).sum())
-    batch = torch.randint(n, (2000, 64), generator=seeded())
-    same = batch[:, :, None] == batch[:, None]
-    losses = [contrastive_loss(200.0 * row, caption) for row, caption in zip(same, batch)]
-    return [len(labels), n, (same.sum(2) > 1).sum(1).double().mean().item(), sum(losses) / 2000]
+    """Of the drawn cats: how many; of those trained: how many, in a batch of 64 how many share
+    theirs, and the mean of log n_i, which is the lowest contrastive loss."""
+    labels = torch.cartesian_prod(*(torch.arange(len(values)) for values in ATTRIBUTES.values()))
+    fur, pattern = ATTRIBUTES["fur"], ATTRIBUTES["pattern"]
+    drawn = torch.tensor([(fur[i], pattern[j]) in COATS for i, j, *_ in labels])
+    n = int((drawn & ~held_out_combination(labels)).sum())
+    same = Binomial(63, torch.tensor(1 / n)).log_prob(torch.arange(64.0)).exp()  # others, equal
+    return [drawn.sum(), n, 64 * (1 - same[0]), (same * torch.arange(1.0, 65).log()).sum()]
+
+
+def frechet_of_noise(n):
+    return [frechet_distance(*torch.randn(2, n, 128, generator=seeded()))]
 
 
 def mean_colour_response(groups):
-    """How much of a tint of its input reaches the output's mean colour; random weights."""
+    """How much of a tint reaches the mean colour of the output: random weights, 4 networks."""
     ratios = []
     for seed in range(4):
         with torch.random.fork_rng():
@@ -335,17 +319,83 @@ def mean_colour_response(groups):
     return sum(ratios) / len(ratios)
 
 
-# (page, words around the figures (#), what they must be, how far off beyond their last digit)
-FIGURES = [
-    ("math", "| linear (DDPM) | # | # | # | # |", lambda: levels("linear"), 0),
-    ("math", "| scaled linear (Stable Diffusion) | # | # | # | # |", lambda: levels("scaled_linear"), 0),
-    ("math", "| cosine (Nichol & Dhariwal) | # | # | # | # |", lambda: levels("cosine"), 0),
-    ("math", "| sigmoid (Jabri et al. 2022), ours | # | # | # | # |", lambda: levels("sigmoid"), 0),
-    ("math", "| flow (Lipman et al. 2023) | # | # | # | # |", lambda: levels("flow"), 0),
+FIGURES = [  # words around figures (#); what they are; what chance may add to the last digit
+    ("| linear (DDPM) | # | # | # | # |", lambda: levels("linear")),
+    ("| scaled linear (Stable Diffusion) | # | # | # | # |", lambda: levels("scaled_linear")),
+    ("| cosine (Nichol & Dhariwal) | # | # | # | # |", lambda: levels("cosine")),
+    ("| sigmoid (Jabri et al. 2022), ours | # | # | # | # |", lambda: levels("sigmoid")),
+    ("| flow (Lipman et al. 2023) | # | # | # | # |", lambda: levels("flow")),
     (
-        "math",
         "# % of the steps of the linear schedule, # % of the cosine's, # % of the sigmoid's",
-        lambda: [share_of_ends(name) for name in ("linear", "cosine", "sigmoid")],
-        0,
+        lambda: ends("linear", "cosine", "sigmoid"),
+    ),
+    (
+        "# at t = 1 and # at t = 500 for the linear schedule",
+        lambda: [weight_of(t, NoiseSchedule.linear()) for t in (1, 500)],
+    ),
+    (
+        "mean of all drawings is off by #.",
+        lambda: [draw(2048, 32)[0].std(0).square().mean() ** 0.5],
+    ),
+    ("# at t = 924, and", lambda: [noise_to_signal(ab("cosine", 924)) / 32]),
+    ("# % in the second, # % in the middle", lambda: [fresh(974, 949), fresh(499, 474)]),
+    ("# of the error is left at the end with eta = 0 and # with", lambda: error_left(0.01)),
+    ("mean colour of a drawing, # and # are left", lambda: error_left(100)),
+    (
+        "the first stride goes from # to #.",
+        lambda: [noise_to_signal(ab("sigmoid", t)) for t in (999, 974)],
+    ),
+    ("by # for 256 points", lambda: frechet_of_noise(256), 0.3),
+    ("by # for 2,000.", lambda: frechet_of_noise(2000), 0.05),
+    (
+        "# of the picture would be left as intended, beside noise of 1, but # of such latents",
+        lambda: [ab("scaled_linear", 999) ** 0.5 * scale for scale in (1, 1 / 0.18215)],
+    ),
+    ("# captions, of which training sees #:", lambda: captions()[:2]),
+    ("a batch of 64, # pictures share", lambda: captions()[2:3]),
+    ("the mean of log n_i, #;", lambda: captions()[3:]),
+    ("| 1 | # | # | # | # | # |", lambda: guidance_row(1), 0.006),
+    ("| 3 | # | # | # | # | # |", lambda: guidance_row(3), 0.006),
+    ("| 8 | # | # | # | # | # |", lambda: guidance_row(8), 0.006),
+    ("the picture from t = # on", lambda: [first_below("linear")]),
+    ("that begins at t = #, and", lambda: [first_below("cosine")]),
+    ("of `train.py` at #.", lambda: [first_below("sigmoid")]),
+    ("at alpha_bar = 0.03, the same error is #:", lambda: [noise_to_signal(0.03) / 32]),
+    (
+        "#, #, #, #, # and # for 1, 2, 4, 8, 16 and 32 groups",
+        lambda: [mean_colour_response(groups) for groups in (1, 2, 4, 8, 16, 32)],
+        0.02,
     ),
 ]
+
+
+@pytest.mark.parametrize(("words", "compute", "chance"), [(*row, 0)[:3] for row in FIGURES])
+def test_figures(words, compute, chance):
+    """Each is the computed one, to half a unit of the last digit shown."""
+    pages = [(ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("math", "lab", "history")]
+    pattern = re.escape(words).replace(r"\#", r"([\d,]*\.?\d+)").replace(r"\ ", r"\s+")
+    (shown,) = re.findall(pattern, "\n".join(pages))  # exactly once
+    for figure, exact in zip([shown] if isinstance(shown, str) else shown, compute(), strict=True):
+        figure = figure.replace(",", "")
+        zeros = 0 if "." in figure else len(figure) - len(figure.rstrip("0"))
+        unit = 10.0 ** (zeros - len(figure.partition(".")[2]))
+        assert float(figure) == pytest.approx(float(exact), abs=0.501 * unit + chance)
+
+
+def test_equations_name_code_and_tests_that_exist_and_the_code_names_equations():
+    page = (ROOT / "docs/math.md").read_text("utf-8")
+    equations = re.findall(r"^\*\*\((\d+)\)\*\*(.*?)(?=\n\n)", page, flags=re.MULTILINE | re.DOTALL)
+    numbers = [int(number) for number, _ in equations]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+    files = [path for room in ("", "toolbox", "latent_ext") for path in (ROOT / room).glob("*.py")]
+    code = "".join(path.read_text("utf-8") for path in files)
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert {int(n) for n in re.findall(r"math\.md \((\d+)\)", code)} <= set(numbers)
+    for number, equation in equations:
+        named = re.search(r"· code: (.*?) · test: (.*)", equation.replace("\n", " "))
+        assert named, number
+        for name in re.findall(r"`([\w.]+)`", named[1]):
+            assert (ROOT / name).exists() or f"def {name.split('.')[-1]}(" in code, (number, name)
+        for name in re.findall(r"`(\w+)`", named[2]):
+            assert f"def {name}(" in tests, (number, name)
