@@ -11,16 +11,29 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluate import generate
 from processes import NoiseSchedule, add_noise, generators, noise_from_v, randn_like, sample
 from toolbox.cats import draw
+from toolbox.data import from_uint8, load_data
 from toolbox.files import user_errors
-from toolbox.images import grid, save_image, to_image
+from toolbox.images import grid, save_image, save_plot, to_image
+from toolbox.metrics import (
+    Judge,
+    LinearDenoiser,
+    evenly_spaced,
+    feature_net,
+    jackknife,
+    kernel_distance,
+    split,
+)
+from toolbox.models import load_model, predict_noise_of
 from train import make_optimizers, update_ema
 from unet import UNet
 
@@ -337,6 +350,73 @@ def experiment_own() -> Rows:
     return {f"{i} to {i + COLUMNS - 1}": images[i : i + COLUMNS] for i in range(0, 50, COLUMNS)}
 
 
+# ---- the ready model, measured -------------------------------------------------------------------
+
+CALLS_TRIED = (5, 10, 20, 40, 50)
+SAMPLES = 256
+
+
+@torch.no_grad()
+def experiment_loss() -> None:
+    """Where the loss comes from: by time step, of the ready model and the best linear denoiser."""
+    network, schedule, config = load_model("cats")
+    predict_noise = predict_noise_of(network, schedule, config)
+    data, held_out = (load_data("cats", held_out=part) for part in (False, True))
+    x0 = from_uint8(evenly_spaced(held_out.images, 128))
+    t, generator = torch.arange(0, schedule.T, 10), torch.Generator().manual_seed(0)
+    linear, errors = LinearDenoiser(data.images).errors(held_out.images, schedule.alpha_bar[t]), []
+    for level in tqdm(t):
+        level = level.expand(len(x0))
+        x_t, noise = add_noise(x0, level, schedule, randn_like(x0, generator))
+        errors.append(F.mse_loss(predict_noise(x_t, level), noise))
+    errors = torch.stack(errors)
+    for name, error in {"cats": errors, "linear": linear}.items():
+        early, late = (
+            100 * error[t < 100].sum() / error.sum(),
+            100 * error[t >= 900].sum() / error.sum(),
+        )
+        print(
+            f"{name:8} {error.mean():.4f}: {early:.0f} % from t < 100, {late:.1f} % from t >= 900"
+        )
+        print(
+            "        ", *(f"t = {k}: {error[t == k].item():.4f}" for k in (0, 100, 500, 900, 970))
+        )
+
+
+def experiment_steps() -> plt.Figure:
+    """How few network calls are enough? 12 minutes on one core."""
+    network, schedule, config = load_model("cats")
+    predict_noise = predict_noise_of(network, schedule, config)
+    data, held_out = (load_data("cats", held_out=part) for part in (False, True))
+    classifier = feature_net(data)
+    judge = Judge(classifier, data, held_out)
+    real = classifier.extract_features(split(data.images, SAMPLES)[1])
+    shape = data.images.shape[1:]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    print("| calls | eta | clean | confident in all | KID x 1000 |\n|---|---|---|---|---|")
+    for eta, name in {1.0: "eta 1: DDPM, with longer strides", 0.0: "eta 0: DDIM"}.items():
+        clean, kids = [], []
+        for steps in CALLS_TRIED:
+            images = generate(predict_noise, shape, range(SAMPLES), schedule, steps=steps, eta=eta)
+            features = classifier.extract_features(images)
+            confident = torch.stack([*judge.confident(features).values()]).all(0)
+            clean.append(100 * judge.clean(features).float().mean().item())
+            kids.append([1000 * x for x in jackknife(kernel_distance, features, real)])
+            sure, kid = 100 * confident.float().mean(), "{:.0f} +- {:.0f}".format(*kids[-1])
+            print(f"| {steps} | {eta:.0f} | {clean[-1]:.0f} % | {sure:.0f} % | {kid} |", flush=True)
+        left.plot(CALLS_TRIED, clean, marker="o", label=name)
+        right.errorbar(CALLS_TRIED, *zip(*kids, strict=True), marker="o", capsize=3, label=name)
+    left.set(ylabel="clean samples, %")
+    right.set(ylabel="KID x 1000, our features", ylim=(0, None))
+    for panel in (left, right):
+        panel.set(xlabel="network calls", xscale="log")
+        panel.set_xticks(CALLS_TRIED, CALLS_TRIED)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figure
+
+
 def labelled(rows: Rows) -> Image.Image:
     """One image of all rows, with the name of each one to its left."""
     images = grid(torch.cat([*rows.values()]), COLUMNS)
@@ -359,8 +439,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="+", choices=EXPERIMENTS, help="one or more of these")
     for name in parser.parse_args().name:
-        save_image(labelled(EXPERIMENTS[name]()), OUT / f"lab-{name}.png")
-        print(f"wrote {OUT / f'lab-{name}.png'}")
+        result, path = EXPERIMENTS[name](), OUT / f"lab-{name}.png"
+        if isinstance(result, plt.Figure):
+            save_plot(result, path)
+        elif result is not None:
+            save_image(labelled(result), path)
+        if result is not None:
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":
