@@ -58,7 +58,9 @@ def main() -> None:
     classifier = metrics.feature_net(data)  # first: it may have to be trained
 
     predict_noise = predict_noise_of(network, schedule, config)
-    levels = report_loss(predict_noise, schedule, data, held_out, device)
+    images = evenly_spaced(held_out.images, 256)
+    loss = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
+    levels = report_loss(loss, schedule, data, images)
     seeds, shape = range(args.seed, args.seed + args.n), data.images.shape[1:]
     options = {"device": device, "steps": args.steps, "eta": args.eta}
     samples = generate(predict_noise, shape, seeds, schedule, **options)
@@ -71,27 +73,23 @@ def main() -> None:
     print(f"wrote {args.out}")
 
 
-def report_loss(
-    predict_noise: Callable, schedule: NoiseSchedule, data: Data, held_out: Data, device: object
-) -> dict[str, dict[int, float]]:
-    """Squared error by time step on held-out images: of the network, of the best linear denoiser.
+def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tensor) -> dict:
+    """Squared error by time step on these images: of the network, and of the best linear denoiser.
 
     Printed are the means over 0.02 < alpha_bar < 0.98. They depend on the schedule, too: compare
     the two with each other, not with those of another schedule.
     """
-    images = evenly_spaced(held_out.images, 256)
-    network = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
-    alpha_bar = schedule.alpha_bar[[*network]]
+    alpha_bar = schedule.alpha_bar[[*levels]]
     linear = metrics.LinearDenoiser(data.images).errors(images, alpha_bar)
     judged = (alpha_bar > 0.02) & (alpha_bar < 0.98)
-    loss, best = (x[judged].mean() for x in (torch.tensor([*network.values()]), linear))
-    verdict = "more than brightness and smoothness" if loss < best else "NOTHING: see docs/lab.md"
+    ours, best = (x[judged].mean() for x in (torch.tensor([*levels.values()]), linear))
+    verdict = "more than brightness and smoothness" if ours < best else "NOTHING: see docs/lab.md"
     print(
-        f"loss      {loss:.4f} on {len(images)} held-out images; best linear denoiser {best:.4f}:"
+        f"loss      {ours:.4f} on {len(images)} held-out images; best linear denoiser {best:.4f}:"
     )
     print(f"          it has learned {verdict}")
-    baseline = dict(zip(network, linear.tolist(), strict=True))
-    return {"the best linear denoiser": baseline, "this network": network}
+    baseline = dict(zip(levels, linear.tolist(), strict=True))
+    return {"the best linear denoiser": baseline, "this network": levels}
 
 
 def generate(
@@ -110,18 +108,19 @@ def report_quality(samples: Tensor, network: FeatureNet, data: Data, held_out: D
     """What share is clean, and how the classes are mixed; the same of held-out images."""
     judge, real = Judge(network, data, held_out), evenly_spaced(held_out.images, len(samples))
     ours, theirs = (judge_all(judge, network.extract_features(x)) for x in (samples, real))
-    print(f"{'':32}{f'{len(samples)} samples':>16}{f'{len(real)} held-out images':>24}")
-    for name in ours:
-        print(f"{name:32}{ours[name]:>16}{theirs[name]:>24}")
+    print(f"{'':34}{f'{len(samples)} samples':>16}{f'{len(real)} held-out images':>24}")
+    for name, value in ours.items():
+        print(f"{name:34}{value:>16}{theirs[name]:>24}")
 
 
 def judge_all(judge: Judge, features: Tensor) -> dict[str, str]:
-    shares = {"clean": judge.clean(features)}
-    shares["  near the data"] = judge.distance(features) <= judge.radius
+    near = judge.distance(features) <= judge.radius
+    shares = {"clean": judge.clean(features), "  near the data": near}
     shares |= {f"  confident of the {name}": x for name, x in judge.confident(features).items()}
-    distances = judge.total_variation(features).items()
     rows = {name: f"{100 * share.float().mean():.1f} %" for name, share in shares.items()}
-    return rows | {f"total variation of the {name}": f"{x:.2f}" for name, x in distances}
+    for name, distance in judge.total_variation(features).items():
+        rows[f"total variation of the {name}"] = f"{distance:.2f}"
+    return rows
 
 
 def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> None:
@@ -134,7 +133,7 @@ def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Dat
     for name, distance in distances.items():
         results = (metrics.jackknife(distance, a, b) for a in (ours, theirs))
         one, zero = (f"{value:.1f} +- {error:.1f}" for value, error in results)
-        print(f"{f'{name} ({network.name})':32}{one:>16}{zero:>24} ({len(theirs)} real images)")
+        print(f"{f'{name} ({network.name})':34}{one:>16}{zero:>24} ({len(theirs)} real images)")
 
 
 def report_copies(samples: Tensor, data: Data, held_out: Data) -> tuple[Tensor, dict[str, Tensor]]:
