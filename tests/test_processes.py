@@ -342,6 +342,13 @@ def test_noise_is_normal_in_the_type_and_on_the_device_of_x():
         if generator is not None:
             assert randn_like(torch.zeros(4, 5, device="meta"), generator).is_meta
 
+    def predict_noise(x, t):
+        assert t.is_meta
+        return x
+
+    x = sample_seeds(predict_noise, (5,), range(4), NoiseSchedule.linear(), device="meta")
+    assert x.is_meta and x.shape == (4, 5)
+
 
 def test_answers_in_half_precision_do_not_coarsen_the_loop():
     types = set()
