@@ -112,7 +112,7 @@ def process_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)  # signal 0 is only a question
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         pass
