@@ -34,29 +34,22 @@ def middle(channels: int, groups: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """x (B, in_channels, H, W) -> (B, out_channels, H / downsampling, W / downsampling)."""
+    """x (B, c_in, H, W) -> (B, c_out, H / downsampling, W / downsampling)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: Sequence[int],
-        num_res_blocks: int,
-        groups: int,
-    ):
+    def __init__(self, c_in, c_out, channels: Sequence[int], num_res_blocks: int, groups: int):
         super().__init__()
         c = channels[0]
-        self.conv_in = nn.Conv2d(in_channels, c, 3, padding=1)
+        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
         self.down = nn.ModuleList()
-        for level, c_out in enumerate(channels):
+        for level, width in enumerate(channels):
             for _ in range(num_res_blocks):
-                self.down.append(UNetBlock(ResBlock(c, c_out, None, groups, EPS)))
-                c = c_out
+                self.down.append(UNetBlock(ResBlock(c, width, None, groups, EPS)))
+                c = width
             if level < len(channels) - 1:
                 self.down.append(UNetBlock(resample=Downsample(c)))
         self.mid = middle(c, groups)
         self.norm_out = nn.GroupNorm(groups, c, EPS)
-        self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -66,29 +59,22 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, in_channels, h, w) -> (B, out_channels, h * downsampling, w * downsampling)."""
+    """z (B, c_in, h, w) -> (B, c_out, h * downsampling, w * downsampling)."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        channels: Sequence[int],
-        num_res_blocks: int,
-        groups: int,
-    ):
+    def __init__(self, c_in, c_out, channels: Sequence[int], num_res_blocks: int, groups: int):
         super().__init__()
         c = channels[-1]
-        self.conv_in = nn.Conv2d(in_channels, c, 3, padding=1)
+        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
         self.mid = middle(c, groups)
         self.up = nn.ModuleList()
-        for level, c_out in reversed([*enumerate(channels)]):
+        for level, width in reversed([*enumerate(channels)]):
             for i in range(num_res_blocks + 1):
-                double = Upsample(c_out) if i == num_res_blocks and level > 0 else None
-                res = ResBlock(c, c_out, None, groups, EPS)
+                double = Upsample(width) if i == num_res_blocks and level > 0 else None
+                res = ResBlock(c, width, None, groups, EPS)
                 self.up.append(UNetBlock(res, resample=double))
-                c = c_out
+                c = width
         self.norm_out = nn.GroupNorm(groups, c, EPS)
-        self.conv_out = nn.Conv2d(c, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         z = self.conv_in(z)
