@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY, pixels, said
 from PIL import Image
-from test_pipeline import LIKE_STABLE_DIFFUSION, LIKE_THE_TOY, tiny_pipeline
+from test_pipeline import LIKE_THE_TOY, tiny_pipeline
 
 import sample
 from latent_ext import generate
@@ -20,17 +20,37 @@ from unet import UNet
 ENLARGED = 96 // 32  # a grid enlarges images of 32x32 so
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with tiny random models of every kind, and files that are none."""
+    here = tmp_path_factory.mktemp("models")
+    pipelines = {"toy": tiny_pipeline(dtype=torch.float32, **LIKE_THE_TOY)}
+    pipelines |= {name: tiny_pipeline(dtype=torch.float32) for name in ("sd", "nan")}
+    pipelines |= {"inpaints": tiny_pipeline(9, dtype=torch.float32)}
+    pipelines["nan"].vae.post_quant.bias.data[0] = torch.nan
+    for name, pipeline in pipelines.items():
+        save(pipeline, here / name)
+    digits = ClassUNet({"digit": ["0", "7"]}, 8, in_channels=1, out_channels=1, **TINY)
+    for path, network in {"digits.pt": digits, "runs/model.pt": UNet(**TINY)}.items():
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        config = model_config(network, NoiseSchedule.cosine(), 16, "noise")
+        save_model(here / path, network, config)
+    for name, size in {"a.png": (20, 30), "wide.png": (40, 30)}.items():
+        Image.new("RGB", size).save(here / name)
+    for name in ("text.png", "text.pt"):
+        (here / name).write_text("neither an image nor a model")
+    return here
+
+
 @pytest.fixture
-def draw_here(here, monkeypatch, capsys):
-    """draw_here("a cat", "--n", 3) draws with a tiny random pipeline; returns what was printed."""
-    save(tiny_pipeline(dtype=torch.float32, **LIKE_THE_TOY), here / "toy")
+def draw_here(here, models, monkeypatch, capsys):
+    """draw_here("a cat", "--n", 3) is the program, with the toy; returns what it printed."""
 
     def run(*words):
-        flags = {"--model": "toy", "--steps": 4, "--n": 2, "--device": "cpu"}
-        words = [
-            *words,
-            *(word for flag in flags if flag not in words for word in (flag, flags[flag])),
-        ]
+        flags = {"--model": models / "toy", "--steps": 4, "--n": 2, "--device": "cpu"}
+        for flag, value in flags.items():
+            words = words if flag in words else (*words, flag, value)
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
         generate.main()
         return capsys.readouterr().out
@@ -68,18 +88,17 @@ def test_the_same_command_makes_the_same_files_in_batches_of_any_size(draw_here,
 
 
 @pytest.mark.parametrize(
-    ("like", "given", "defaults"),
+    ("model", "given", "defaults"),
     [
-        (LIKE_THE_TOY, [], ["--guidance", 3, "--eta", 1, "--size", 32, "--seed", 0]),
-        (LIKE_STABLE_DIFFUSION, [], ["--guidance", 7.5, "--eta", 0]),
-        (LIKE_THE_TOY, ["--init-image", "a.png"], ["--strength", 0.75]),
-        (LIKE_THE_TOY, ["--init-image", "a.png", "--mask", "a.png"], ["--strength", 1]),
+        ("toy", [], ["--guidance", 3, "--eta", 1, "--size", 32, "--seed", 0]),
+        ("sd", [], ["--guidance", 7.5, "--eta", 0]),
+        ("toy", ["--init-image", "a.png"], ["--strength", 0.75]),
+        ("toy", ["--init-image", "a.png", "--mask", "a.png"], ["--strength", 1]),
     ],
 )
-def test_the_defaults_are_those_of_the_model(draw_here, here, like, given, defaults):
+def test_the_defaults_are_those_of_the_model(draw_here, here, models, model, given, defaults):
     Image.linear_gradient("L").save(here / "a.png")
-    save(tiny_pipeline(dtype=torch.float32, **like), here / "other")
-    given = ["a cat", "--model", "other", "--n", 1, *given]
+    given = ["a cat", "--model", models / model, "--n", 1, *given]
     draw_here(*given, "--out", "short.png")
     draw_here(*given, *defaults, "--out", "long.png")
     assert (here / "short.png").read_bytes() == (here / "long.png").read_bytes()
@@ -138,22 +157,13 @@ def test_it_names_what_it_cuts_off_and_what_it_does_not_know(draw_here):
     assert max(map(len, draw_here("a cat and a zebra " * 500).splitlines())) < 250
 
 
-def class_model(here):
-    torch.manual_seed(0)
-    network = ClassUNet({"digit": ["0", "7"]}, 8, in_channels=1, out_channels=1, **TINY)
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    save_model(here / "digits.pt", network, model_config(network, NoiseSchedule.cosine(), 16, "x"))
-
-
-def test_a_class_is_a_prompt(draw_here, here):
-    class_model(here)
-    printed = draw_here("0", "7", "--model", "digits.pt", "--guidance", 9)
-    assert "4 images of 16x16 pixels by digits.pt" in printed
+def test_a_class_is_a_prompt(draw_here, here, models):
+    model = "--model", models / "digits.pt"
+    assert "4 images of 16x16 pixels by" in draw_here("0", "7", *model, "--guidance", 9)
     grid = pixels(here / "samples.png")
     assert grid.shape == (3, 198, 198) and (grid[:, :98] - grid[:, 100:]).abs().max() > 20
-    draw_here("7", "--model", "digits.pt", "--n", 1, "--out", "7.png")
-    draw_here("7", "--model", "digits.pt", "--n", 1, "--init-image", "7.png", "--strength", 0)
+    draw_here("7", *model, "--n", 1, "--out", "7.png")
+    draw_here("7", *model, "--n", 1, "--init-image", "7.png", "--strength", 0)
     assert torch.equal(pixels(here / "samples.png"), pixels(here / "7.png"))
 
 
@@ -189,7 +199,7 @@ def test_the_pipeline_trained_here_comes_first(here):
         (["--out", "cats.jpg"], "--out cats.jpg: expected a name that ends in .png"),
         (["--out", ""], "--out : expected a name that ends in .png"),
         (["--gif", "cats.mp4"], "--gif cats.mp4: expected a name that ends in .gif"),
-        (["--out", "text.png/cats.png"], "text.png/cats.png: expected a folder"),
+        (["--out", "text.png/cats.png"], "error: text.png/cats.png: "),
         (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
         (["--model", "latent-catz"], "did you mean latent-cats?"),
         (["--model", "runs"], "did you mean runs/model.pt?"),
@@ -200,29 +210,19 @@ def test_the_pipeline_trained_here_comes_first(here):
             ["--model", "inpaints"],
             "--model inpaints: it inpaints; add an --init-image and a --mask",
         ),
-        (["--model", "nan"], "NaN"),
+        (["--model", "nan"], "post_quant_conv.bias"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_writes_nothing(draw_here, here, capsys, words, sentence):
-    class_model(here)
-    network = UNet(**TINY)
-    config = model_config(network, NoiseSchedule.cosine(), 16, "x")
-    save_model(here / "runs" / "model.pt", network, config)
-    save(tiny_pipeline(9, dtype=torch.float32), here / "inpaints")
-    broken = tiny_pipeline(dtype=torch.float32)
-    broken.vae.post_quant.bias.data[0] = torch.nan
-    save(broken, here / "nan")
-    Image.new("RGB", (20, 30)).save(here / "a.png")
-    Image.new("RGB", (40, 30)).save(here / "wide.png")
-    (here / "text.png").write_text("no image")
-    (here / "text.pt").write_text("no model")
-    before = sorted(here.iterdir())
+def test_bad_input_gets_one_sentence_and_writes_nothing(
+    draw_here, models, monkeypatch, capsys, words, sentence
+):
+    monkeypatch.chdir(models)
+    before = sorted(models.rglob("*"))
     assert sentence in said(lambda: draw_here("a cat", *words), capsys)
-    assert sorted(here.iterdir()) == before and (here / "text.png").read_text() == "no image"
+    assert sorted(models.rglob("*")) == before and "neither" in (models / "text.png").read_text()
 
 
-def test_sample_sends_pipelines_and_class_models_here(draw_here, here, capsys):
-    class_model(here)
+def test_sample_sends_pipelines_and_class_models_here(models, capsys):
     for model in ("digits.pt", "toy"):
-        sentence = said(lambda model=model: sample.load_model(model), capsys)
+        sentence = said(lambda model=model: sample.load_model(models / model), capsys)
         assert model in sentence and "latent_ext.generate for this one" in sentence
