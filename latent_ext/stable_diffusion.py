@@ -69,11 +69,7 @@ CONFIG_KEYS = {  # of diffusers' files: our words for them
         "timestep_spacing": "spacing",
     },
 }
-REQUIRED = (  # entries that our networks and schedules cannot vary
-    "act_fn center_input_sample downsample_padding flip_sin_to_cos freq_shift "
-    "hidden_act layer_norm_eps mid_block_scale_factor norm_eps use_linear_projection "
-    "rescale_betas_zero_snr trained_betas"
-).split()
+REQUIRED = V1_5.pop("required")  # entries that our networks and schedules cannot vary
 SCHEDULES = {  # ours, and how a scheduler_config.json describes them
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
@@ -322,10 +318,7 @@ def find_tokenizer(folder: Path, text: dict) -> Tokenizer:
             f"{folder}: expected a tokenizer.json or merges.txt, to read prompts with; CLIP's "
             "merges.txt is in the folder `tokenizer` of any Stable Diffusion v1.x of diffusers"
         )
-    try:
-        tokenizer = Tokenizer.load(folder, text["length"])
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    tokenizer = Tokenizer.load(folder, text["length"])
     largest = max(tokenizer.rules.get_vocab().values())
     if largest >= text["vocab_size"]:
         raise UserError(f"{folder}: token {largest} is not one of the text encoder's")
