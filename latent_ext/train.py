@@ -37,50 +37,42 @@ def main() -> None:
     args = parser.parse_args()
 
     check_number("--seed", args.seed, 0, 2**32 - 1)
-    if args.part == "all" and args.steps is not None:
-        raise UserError("--steps: expected one part, got all; train vae, clip and unet in turn")
     args.device = pick_device(args.device)
-    size = SIZE if args.size is None and args.part != "classes" else args.size
+    parts = ["vae", "clip", "unet"] if args.part == "all" else [args.part]
+    kind = "classes" if args.part == "classes" else "latent"
+    size = SIZE if args.size is None and kind == "latent" else args.size
     with first_process_first():
         data = load_data(args.data, size)
-    parts = ["vae", "clip", "unet"] if args.part == "all" else [args.part]
-    check_data(parts, args, data)
+    check(args, parts, data)  # before the first training, not after it
     if data.name == "cats":
         data = select(data, ~held_out_combination(data.labels))
-    kind = "classes" if args.part == "classes" else "latent"
     args.out = args.out or Path("runs") / f"{data.name}-{kind}"
     for part in parts:
-        module = PARTS[part]
-        numbers = {
-            "steps": module.STEPS if args.steps is None else args.steps,
-            "batch": module.BATCH if args.batch is None else args.batch,
-        }
-        module.train(argparse.Namespace(**vars(args) | numbers), data)
+        module, own = PARTS[part], argparse.Namespace(**vars(args))
+        own.steps = module.STEPS if args.steps is None else args.steps
+        own.batch = module.BATCH if args.batch is None else args.batch
+        module.train(own, data)
 
 
-def check_data(parts: list[str], args: argparse.Namespace, data: Data) -> None:
-    """What would be wrong later, before the first training begins."""
-    if "classes" in parts:
+def check(args: argparse.Namespace, parts: list[str], data: Data) -> None:
+    if args.part == "all" and args.steps is not None:
+        raise UserError("--steps: expected one part, got all; train vae, clip and unet in turn")
+    if args.part == "classes":
         if not data.classes:
             raise UserError(
-                f"--data {args.data}: its images have no classes; "
-                "put those of each class into a folder of its own"
+                f"--data {args.data}: expected classes, each in a sub-folder of its own"
             )
         return
     if data.size % train_clip.PATCH:
         raise UserError(f"--size {data.size}: expected a multiple of {train_clip.PATCH}")
     if not data.captions:
-        raise UserError(
-            f"--data {args.data}: its images have no captions; write image.txt next to image.jpg"
-        )
-    if "clip" in parts:
+        raise UserError(f"--data {args.data}: expected captions, image.txt next to image.jpg")
+    if "clip" in parts:  # it compares the images and captions of a batch with each other
         if PROCESSES > 1:
-            raise UserError("clip compares all images of a batch: train it without torchrun")
-        check_number("--batch", train_clip.BATCH if args.batch is None else args.batch, 2)
+            raise UserError("clip: expected one process, got several; train it without torchrun")
         if len(set(data.captions)) < 2:
-            raise UserError(
-                f"--data {args.data}: expected two different captions or more, got {data.captions[0]!r} only"
-            )
+            raise UserError(f"--data {args.data}: expected two different captions or more")
+        check_number("--batch", train_clip.BATCH if args.batch is None else args.batch, 2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ outputs at each token is what the U-Net is conditioned on.
 import argparse
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from latent_ext.clip import CLIP, ImageEncoder, TextEncoder, Tokenizer, contrastive_loss
@@ -48,8 +47,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
         run.log(loss)
         if run.preview_due():
             accuracy = 100 * retrieval_accuracy(run.ema, tokenizer, held_out, others)
-            tqdm.write(f"step {run.step}: of held-out images {accuracy:.1f} % fit their own caption")
-            tqdm.write(f"better than each of {others} others")
+            tqdm.write(f"step {run.step}: {accuracy:.1f} % of held-out images are recognized")
+            tqdm.write(f"by their caption, among {others} others")
             plot_similarity(run.ema, tokenizer, held_out, run.folder / "similarity.png")
             plot_training(run.history, {}, run.folder / "loss.png")
 

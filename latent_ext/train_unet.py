@@ -70,8 +70,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
             log_samples(run, schedule, context, contexts[:1], pipeline.decode)
             save(replace(pipeline, unet=run.ema), args.out)
     if RANK == 0:
-        save(replace(pipeline, unet=run.ema), args.out)  # a kill may have prevented the last one
-    print(f"{args.out} is a Stable Diffusion: python -m latent_ext.generate TEXT --model {args.out}")
+        save(replace(pipeline, unet=run.ema), args.out)  # in case a kill prevented the last one
+    print(f"to draw with it: python -m latent_ext.generate PROMPT --model {args.out}")
 
 
 def load_parts(

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from latent_ext.data import preview_indices
 from latent_ext.vae import VAE, kl_divergence
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.images import plot_training, save_grid
-from toolbox.metrics import evenly_spaced
 from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 4500, 4
@@ -42,11 +42,11 @@ def train(args: argparse.Namespace, data: Data) -> None:
         gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
         run.log(loss)
         if run.preview_due():
-            x0 = from_uint8(evenly_spaced(held_out.images, 32)).to(run.device)
+            x0 = from_uint8(held_out.images[preview_indices(held_out)]).to(run.device)
             x = reconstruct(run.ema, x0)
             tqdm.write(f"step {run.step}: a PSNR of {psnr(x, x0):.1f} dB on held-out images")
-            pairs = torch.stack([x0, x], dim=1).flatten(0, 1)  # an image, and what became of it
-            save_grid(pairs, run.folder / f"pairs-{run.step:06}.png")
+            pairs = torch.stack([x0, x], dim=1).flatten(0, 1)
+            save_grid(pairs, run.folder / f"pairs-{run.step:06}.png", columns=12)
             plot_training(run.history, {}, run.folder / "loss.png")
 
 
