@@ -44,14 +44,17 @@ def without_indentation(code):
 
 @pytest.fixture
 def names():
-    """What a snippet may use: all public names of the code, and small objects."""
+    """What a snippet may use: the code's names, tiny networks, and images of noise."""
     scope = {}
-    for module in ("train", "sample", "latent_ext.guidance", "latent_ext.vae", "latent_ext.clip"):
+    for module in ("train", "latent_ext.guidance", "latent_ext.vae", "unet", "processes"):
         scope |= vars(importlib.import_module(module))
-    scope |= vars(importlib.import_module("unet")) | vars(importlib.import_module("processes"))
-    scope |= {"x0": torch.zeros(2, 3, 32, 32), "t": torch.tensor([3, 900])}
-    scope |= {"schedule": scope["NoiseSchedule"].sigmoid(20), "unet": scope["UNet"]()}
-    return scope
+    scope |= {"schedule": scope["NoiseSchedule"].sigmoid(), "t": torch.tensor([3, 900])}
+    scope |= {"unet": scope["UNet"](channels=(4, 8), attention_levels=(False, True))}
+    scope |= {"vae": scope["VAE"](channels=(4, 4, 8), groups=4)}
+    scope |= dict.fromkeys(("x0", "noise"), torch.randn(2, 3, 32, 32))
+    scope |= dict.fromkeys(("digits", "nothing", "text", "no_text"), torch.zeros(2, 1))
+    scope |= {"latents": torch.randn(2, 4, 8, 8)}
+    return scope | dict.fromkeys(("class_unet", "text_unet"), lambda x, t, context: 0.5 * x)
 
 
 @pytest.mark.parametrize("block", blocks())
@@ -74,7 +77,7 @@ def commands():
         ]
         for line in dict.fromkeys(shown):
             found = re.search(rf"{PROGRAMS}(?= |$)(.*)", line.split("  #")[0])
-            if found and "..." not in line:
+            if found and found[2].strip() and "..." not in line:
                 yield pytest.param(*found.groups(), id=f"{name(path)}: {line.strip()}")
 
 
