@@ -16,7 +16,7 @@ from toolbox.files import UserError, check_number, user_errors
 
 # What is left blank, and a test that it must then pass: tests/test_FILE.py::test_NAME.
 TABLE = """
-processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_their_papers
+processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_diffusers_and_their_papers
 processes.py:add_noise               processes::add_noise_is_what_many_small_steps_do
 processes.py:sample                  math::a_step_at_eta_1_is_the_posterior
 processes.py:noise_from_velocity   processes::the_right_v_and_the_right_velocity_are_the_right_noise
