@@ -83,6 +83,8 @@ def blank(folder: Path, task: str) -> None:
 
 def report(folder: Path) -> None:
     """Which of the tasks pass their test, in the copy?"""
+    if not (folder / "docs/homework.py").exists():
+        raise UserError(f"{folder}: expected a copy that this program made, or a new name")
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header"]
     result = subprocess.run([*command, *TASKS.values()], cwd=folder, capture_output=True, text=True)
     lines = result.stdout.splitlines()
