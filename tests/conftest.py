@@ -82,7 +82,7 @@ def train_here(photos, monkeypatch, capsys):
 def call(main, monkeypatch, capsys, flags, *words):
     """main() with these flags and, overruling them, words: flag, value, ...; what it printed."""
     flags = flags | dict(zip(words[::2], words[1::2], strict=True))
-    words = [str(word) for pair in flags.items() for word in pair if word is not None]
+    words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
     monkeypatch.setattr(sys, "argv", ["program", *words])
     main()
     return capsys.readouterr().out
