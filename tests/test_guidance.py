@@ -119,7 +119,7 @@ def test_everything_learns_and_config_rebuilds_the_network():
     assert all(embed.weight.grad[0].any() for embed in net.label_embedding)
     again = ClassUNet(**net.config)
     again.load_state_dict(net.state_dict())
-    assert again.config == net.config and net.config["context_width"] == 6
+    assert again.config == net.config and net.config["channels"] == [8, 16]
 
 
 COMMAS = {"food": ("eggs, fried", "eggs")}
