@@ -8,10 +8,12 @@ random weights, in files laid out like the published ones, against diffusers, tr
 diffusers' own conversion of CompVis' names.
 """
 
-import functools
+import inspect
 import itertools
 import json
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,49 +33,33 @@ from unet import UNet
 
 EXPECTED = "expected a Stable Diffusion v1.x (2.x and XL are others)"
 V1_5 = json.loads(Path(__file__).with_name("v1_5.json").read_text("utf-8"))  # its small files
-PARTS = {  # of a pipeline, and how the names of their weights begin in a single file
+PREFIX = {  # of the names in a single file
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
-CONFIG_KEYS = {  # of diffusers' files: our words for them
-    "unet/config.json": {
-        "sample_size": "size",  # of the latents
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "block_out_channels": "channels",
-        "layers_per_block": "num_res_blocks",
-        "down_block_types": "attention_levels",
-        "attention_head_dim": "heads",  # a number of heads, whatever the name says
-        "norm_num_groups": "groups",
-    },
-    "vae/config.json": {
-        "in_channels": "in_channels",
-        "latent_channels": "latent_channels",
-        "block_out_channels": "channels",
-        "layers_per_block": "num_res_blocks",
-        "norm_num_groups": "groups",
-        "scaling_factor": "scaling_factor",
-    },
-    "text_encoder/config.json": {
-        "vocab_size": "vocab_size",
-        "hidden_size": "width",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-        "max_position_embeddings": "length",
-        "intermediate_size": "hidden",
-    },
-    "scheduler/scheduler_config.json": {
-        "num_train_timesteps": "T",
-        "prediction_type": "prediction",
-        "timestep_spacing": "spacing",
-    },
+CONFIG_KEYS = {  # of diffusers' small files: our words for what we read and write
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "latent_channels": "latent_channels",
+    "block_out_channels": "channels",
+    "layers_per_block": "num_res_blocks",
+    "down_block_types": "attention_levels",
+    "attention_head_dim": "heads",  # a number of heads, whatever the name says
+    "norm_num_groups": "groups",
+    "scaling_factor": "scaling_factor",
+    "sample_size": "size",
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "max_position_embeddings": "length",
+    "intermediate_size": "hidden",
+    "num_train_timesteps": "T",
+    "prediction_type": "prediction",
+    "timestep_spacing": "spacing",
 }
-REQUIRED = (  # entries that our networks and schedules cannot vary
-    "act_fn center_input_sample downsample_padding flip_sin_to_cos freq_shift "
-    "hidden_act layer_norm_eps mid_block_scale_factor norm_eps use_linear_projection "
-    "rescale_betas_zero_snr trained_betas"
-).split()
+REQUIRED = V1_5.pop("required")  # entries that our networks and schedules cannot vary
 SCHEDULES = {  # ours, and how a scheduler_config.json describes them
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
@@ -91,42 +77,37 @@ def load(
     dtype: what to compute in. None: the U-Net's, but on a CPU float32 rather than 16 bits.
     """
     path = Path(path)
-    if path.is_dir():
-        layout, tokenizer = DIFFUSERS, path / "tokenizer"
-        configs = {part: read_config(path, part) for part in PARTS}
-        training = read_scheduler(path)
-        files = {part: weights_file(path / part) for part in PARTS}
-        tensors = {part: modern_names(read_tensors(file)) for part, file in files.items()}
-    else:
-        layout, tokenizer = COMPVIS, path.parent
-        files = dict.fromkeys(PARTS, path)
-        content = read_tensors(path)
-        tensors = {part: modern_names(content, prefix) for part, prefix in PARTS.items()}
-        configs = {part: read_sizes(tensors[part], path, part) for part in PARTS}
-        training = {"schedule": NoiseSchedule.scaled_linear()}
-
-    size, text = configs["unet"].pop("size"), configs["text_encoder"]
-    with torch.device("meta"):  # shapes only: the weights are those of the files
-        attention = functools.partial(SpatialTransformer, context_width=text["width"])
-        networks = {
-            "unet": UNet(**configs["unet"], attention_block=attention),
-            "vae": VAE(**configs["vae"]),
-            "text_encoder": TextEncoder(**text),
-        }
-    for part, network in networks.items():
-        load_weights(part, network, tensors[part], layout, files[part])
+    text_encoder = load_network("text_encoder", TextEncoder, path)
+    attention = partial(SpatialTransformer, context_width=text_encoder.config["width"])
+    unet = load_network("unet", partial(UNet, attention_block=attention), path)
+    vae = load_network("vae", VAE, path)
     if dtype is None:
-        dtype = networks["unet"].conv_in.weight.dtype
+        dtype = unet.conv_in.weight.dtype
         if torch.device(device).type == "cpu":
             dtype = torch.promote_types(dtype, torch.float32)
-    for network in networks.values():
+    for network in (unet, vae, text_encoder):
         network.to(device, dtype).eval().requires_grad_(False)
-    return Pipeline(
-        **networks,
-        **training,
-        tokenizer=find_tokenizer(tokenizer, text),
-        size=size * networks["vae"].downsampling,
-    )
+    tokenizer = load_tokenizer(path, text_encoder.config)
+    settings = read_settings(path, vae.downsampling)
+    return Pipeline(unet, vae, text_encoder, tokenizer, **settings)
+
+
+def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Module:
+    """One of the three, out of the folder or of the single file."""
+    name = f"{part}/config.json"
+    if path.is_dir():
+        entries, source = read_entries(path, name), path / name
+        layout, file = DIFFUSERS, weights_file(path / part)
+        tensors = modern_names(read_tensors(file))
+    else:
+        layout, file, source = COMPVIS, path, path
+        tensors = modern_names(read_tensors(file), PREFIX[part])
+        entries = V1_5[name] | read_sizes(part, tensors, path)
+    config = our_config(make, entries, source)
+    with torch.device("meta"):  # shapes only: the weights are those of the file
+        network = make(**config)
+    load_weights(part, network, tensors, layout, file)
+    return network
 
 
 # Reading weights.
@@ -148,11 +129,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     checkpoint = type("ModelCheckpoint", (), {})  # in place of Lightning's, which a .ckpt names
     scalar = np.float64().__reduce__()[0]  # makes a number of NumPy from bytes
     harmless = [
-        (checkpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-        (scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 called it
         scalar,
         np.dtype,
         type(np.dtype("float64")),
+        (scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 called it
+        (checkpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
     ]
     try:
         if path.suffix == ".safetensors":
@@ -228,7 +209,7 @@ def read_entries(folder: Path, name: str) -> dict:
         value = entries[key]
         if key in REQUIRED and value != usual:
             raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {value!r:.60}")
-        if key in CONFIG_KEYS[name] and not is_plausible(value, usual):
+        if key in CONFIG_KEYS and not is_plausible(value, usual):
             raise UserError(f"{path}: expected a {key} like {usual}, got {value!r:.60}")
     return entries
 
@@ -243,13 +224,8 @@ def is_plausible(value: object, usual: object) -> bool:
     return type(value) in (int, type(usual)) and 0 < value <= 50 * usual
 
 
-def read_config(folder: Path, part: str) -> dict:
-    name = f"{part}/config.json"
-    return our_config(read_entries(folder, name), name, folder / name)
-
-
-def read_sizes(tensors: dict[str, Tensor], path: Path, part: str) -> dict:
-    """In place of a config.json: v1.5's structure, with the sizes of these tensors."""
+def read_sizes(part: str, tensors: dict[str, Tensor], path: Path) -> dict:
+    """In place of a config.json: where these tensors differ from v1.5's."""
 
     def size(layer: str, dim: int = 0) -> int:
         w = tensors.get(f"{layer}.weight")
@@ -259,73 +235,68 @@ def read_sizes(tensors: dict[str, Tensor], path: Path, part: str) -> dict:
 
     if part == "unet":
         blocks = [f"input_blocks.{i}.0.out_layers.3" for i in (1, 4, 7, 10)]
-        sizes = {
-            "in_channels": size("input_blocks.0.0", dim=1),  # 9: for inpainting
-            "block_out_channels": [size(block) for block in blocks],
-        }
-    elif part == "vae":
+        inputs = size("input_blocks.0.0", dim=1)  # 9: for inpainting
+        return {"in_channels": inputs, "block_out_channels": [size(block) for block in blocks]}
+    if part == "vae":
         blocks = [f"encoder.down.{level}.block.0.conv1" for level in range(4)]
-        sizes = {"block_out_channels": [size(block) for block in blocks]}
-    else:
-        width = size("embeddings.token_embedding", dim=1)
-        layers = [i for i in range(100) if f"encoder.layers.{i}.mlp.fc1.weight" in tensors]
-        sizes = {
-            "vocab_size": size("embeddings.token_embedding"),
-            "hidden_size": width,
-            "num_hidden_layers": len(layers),
-            "num_attention_heads": max(1, width // 64),
-            "max_position_embeddings": size("embeddings.position_embedding"),
-            "intermediate_size": size("encoder.layers.0.mlp.fc1"),
-        }
-    name = f"{part}/config.json"
-    return our_config(V1_5[name] | sizes, name, path)
+        return {"block_out_channels": [size(block) for block in blocks]}
+    width = size("embeddings.token_embedding", dim=1)
+    layers = [i for i in range(100) if f"encoder.layers.{i}.mlp.fc1.weight" in tensors]
+    return {
+        "vocab_size": size("embeddings.token_embedding"),
+        "hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": size("embeddings.position_embedding"),
+        "intermediate_size": size("encoder.layers.0.mlp.fc1"),
+    }
 
 
-def our_config(entries: dict, name: str, path: Path) -> dict:
-    """The arguments of our network."""
-    config = {ours: entries[key] for key, ours in CONFIG_KEYS[name].items()}
+def our_config(make: Callable[..., nn.Module], entries: dict, path: Path) -> dict:
+    """The arguments of our network. Of groups and heads no shape of a weight could tell."""
+    ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
+    config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
     channels = config.get("channels") or [config["width"]]
-    attention = [
-        kind == "CrossAttnDownBlock2D" for kind in config.get("attention_levels", channels)
-    ]
+    attended = channels
     if "attention_levels" in config:
-        config["attention_levels"] = attention
-    attended = [*itertools.compress(channels, attention), channels[-1]]
-    groups, heads = config.get("groups", 1), config.get("heads", 1)
-    uneven = any(c % groups for c in channels) or any(c % heads for c in attended)
-    if uneven or len(channels) != len(attention):
+        levels = [kind == "CrossAttnDownBlock2D" for kind in config["attention_levels"]]
+        config["attention_levels"] = levels
+        attended = [*itertools.compress(channels, levels), channels[-1]]
+    uneven = any(c % config.get("groups", 1) for c in channels)
+    uneven |= any(c % config.get("heads", 1) for c in attended)
+    if uneven or len(config.get("attention_levels", channels)) != len(channels):
         raise UserError(f"{path}: its levels, groups and heads do not fit its channels, {channels}")
     return config
 
 
-def read_scheduler(folder: Path) -> dict:
-    """How the U-Net was trained. As v1.5 where the file is silent, or not there."""
-    name = "scheduler/scheduler_config.json"
-    entries = read_entries(folder, name) if (folder / name).exists() else V1_5[name]
+def read_settings(path: Path, downsampling: int) -> dict:
+    """How the U-Net was trained. As v1.5 where a file is silent, or not there."""
+    file, unet = "scheduler/scheduler_config.json", "unet/config.json"
+    entries = read_entries(path, file) if (path / file).exists() else V1_5[file]
+    size = (read_entries(path, unet) if path.is_dir() else V1_5[unet])["sample_size"]
     names = [name for name, ours in SCHEDULES.items() if entries | ours == entries]
     prediction, spacing = entries["prediction_type"], entries["timestep_spacing"]
     if not names or prediction not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"{folder / name}: expected the prediction_type epsilon or v_prediction, and a "
+            f"{path / file}: expected the prediction_type epsilon or v_prediction, and a "
             f"beta_schedule of {[*SCHEDULES.values()]}"
         )
     return {
         "schedule": getattr(NoiseSchedule, names[0])(entries["num_train_timesteps"]),
         "prediction": prediction,
         "spacing": "trailing" if spacing == "trailing" else "leading",
+        "size": size * downsampling,
     }
 
 
-def find_tokenizer(folder: Path, text: dict) -> Tokenizer:
+def load_tokenizer(path: Path, text: dict) -> Tokenizer:
+    folder = path / "tokenizer" if path.is_dir() else path.parent
     if not any((folder / name).exists() for name in ("tokenizer.json", "merges.txt")):
         raise UserError(
             f"{folder}: expected a tokenizer.json or merges.txt, to read prompts with; CLIP's "
             "merges.txt is in the folder `tokenizer` of any Stable Diffusion v1.x of diffusers"
         )
-    try:
-        tokenizer = Tokenizer.load(folder, text["length"])
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    tokenizer = Tokenizer.load(folder, text["length"])
     largest = max(tokenizer.rules.get_vocab().values())
     if largest >= text["vocab_size"]:
         raise UserError(f"{folder}: token {largest} is not one of the text encoder's")
@@ -341,32 +312,24 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
     unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
     cross = ["CrossAttn" if here else "" for here in unet.config["attention_levels"]]
     levels = len(vae.config["channels"])
-    ours = {  # the values of CONFIG_KEYS
+    changes = {  # of v1.5's small files, in our words where CONFIG_KEYS has them
         "unet/config.json": unet.config
         | {
             "size": pipeline.size // vae.downsampling,
             "attention_levels": [f"{kind}DownBlock2D" for kind in cross],
-        },
-        "vae/config.json": vae.config | {"scaling_factor": vae.scaling_factor},
-        "text_encoder/config.json": text.config,
-        "scheduler/scheduler_config.json": {
-            "T": pipeline.schedule.T,
-            "prediction": pipeline.prediction,
-            "spacing": pipeline.spacing,
-        },
-    }
-    theirs = {  # what only diffusers and transformers read
-        "unet/config.json": {
-            "cross_attention_dim": text.config["width"],
             "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
+            "cross_attention_dim": text.config["width"],
         },
-        "vae/config.json": {
+        "vae/config.json": vae.config
+        | {
+            "size": pipeline.size,
+            "scaling_factor": vae.scaling_factor,
             "out_channels": vae.config["in_channels"],
-            "sample_size": pipeline.size,
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         },
-        "text_encoder/config.json": {
+        "text_encoder/config.json": text.config
+        | {
             "bos_token_id": tokenizer.start,
             "eos_token_id": tokenizer.end,
             "pad_token_id": tokenizer.end,
@@ -376,24 +339,33 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
             "unk_token": UNKNOWN if tokenizer.rules.token_to_id(UNKNOWN) is not None else END,
         },
         "scheduler/scheduler_config.json": SCHEDULES[pipeline.schedule.name]
-        | {"set_alpha_to_one": pipeline.spacing == "trailing"},
+        | {
+            "T": pipeline.schedule.T,
+            "prediction": pipeline.prediction,
+            "spacing": pipeline.spacing,
+            "set_alpha_to_one": pipeline.spacing == "trailing",
+        },
     }
     for name, usual in V1_5.items():
-        translated = {key: ours[name][word] for key, word in CONFIG_KEYS.get(name, {}).items()}
-        content = usual | translated | theirs.get(name, {})
+        new = changes.get(name, {})
+        content = {
+            key: new.get(CONFIG_KEYS.get(key), new.get(key, old)) for key, old in usual.items()
+        }
         write(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     write(folder / "tokenizer" / "tokenizer.json", tokenizer.rules.to_str(pretty=True).encode())
-    for part, network in (("unet", unet), ("vae", vae), ("text_encoder", text)):
-        stem, prefix = (
-            ("model", "text_model.") if network is text else ("diffusion_pytorch_model", "")
-        )
+
+    for part, network, file in (
+        ("unet", unet, "diffusion_pytorch_model.safetensors"),
+        ("vae", vae, "diffusion_pytorch_model.safetensors"),
+        ("text_encoder", text, "model.safetensors"),
+    ):
+        prefix = "text_model." if network is text else ""  # without it transformers 4 fails
         weights = network.state_dict()
         tensors = {
-            prefix + name: weights[own].half().cpu().contiguous()
-            for name, own in name_pairs(part, network, DIFFUSERS)
+            prefix + theirs: weights[ours].half().cpu().contiguous()
+            for theirs, ours in name_pairs(part, network, DIFFUSERS)
         }
-        content = safetensors.torch.save(tensors, {"format": "pt"})
-        write(folder / part / f"{stem}.safetensors", content)
+        write(folder / part / file, safetensors.torch.save(tensors, {"format": "pt"}))
 
 
 def write(path: Path, content: bytes) -> None:
