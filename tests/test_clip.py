@@ -1,6 +1,5 @@
 """Both encoders against transformers' CLIP, the contrastive loss, and the tokenizers."""
 
-import json
 import math
 
 import pytest
@@ -233,12 +232,9 @@ def test_a_tokenizer_json_may_ask_for_truncation_and_padding_of_its_own(tmp_path
     rules.enable_padding(length=9)
     rules.save(str(tmp_path / "tokenizer.json"))
     tokenizer = Tokenizer.load(tmp_path, 8)
-    assert words(tokenizer, "a white cat with blue eyes") == [
-        START,
-        *"a white cat with blue eyes".split(),
-        END,
-    ]
-    assert tokenizer.truncated("a white cat with blue eyes on") == "on"
+    text = "a white cat with blue eyes"
+    assert words(tokenizer, text) == [START, *text.split(), END]
+    assert tokenizer.truncated(f"{text} on") == "on"
 
 
 @pytest.mark.parametrize("damage", [("<|endoftext|>", "<|end|>"), ("{", ""), ("WordLevel", "Word")])

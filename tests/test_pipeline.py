@@ -1,4 +1,4 @@
-"""Text to image, image to image and inpainting: latent by latent as diffusers, and their promises."""
+"""The three uses of one loop: latent by latent as diffusers, and what else they promise."""
 
 import copy
 from functools import partial
