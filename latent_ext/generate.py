@@ -34,11 +34,15 @@ def make_parser() -> argparse.ArgumentParser:
         f"`latent_ext.train classes`, or a ready model (default: {OWN_MODEL}, else latent-cats)",
     )
     add("--n", type=int, default=4, help="images of each prompt (default: 4)")
-    add("--guidance", type=float, help="how closely to follow the prompt (default: 3, or 7.5)")
+    add(
+        "--guidance",
+        type=float,
+        help="how closely to follow the prompt (default: 3, Stable Diffusion 7.5)",
+    )
     add("--negative", default="", metavar="TEXT", help="what the images must not show")
     add("--size", type=int, help="pixels (default: as the model was trained)")
     add("--steps", type=int, default=50, help="network calls for each image (default: 50)")
-    add("--eta", type=float, help="fresh noise: 1 DDPM, 0 DDIM (default: 1, or 0)")
+    add("--eta", type=float, help="fresh noise: 1 DDPM, 0 DDIM (default: 1, Stable Diffusion 0)")
     add("--init-image", type=Path, metavar="FILE", help="start from this image")
     add("--strength", type=float, help="how much of it to redraw (default: 0.75, with --mask 1)")
     add("--mask", type=Path, metavar="FILE", help="redraw only where this image is white")
