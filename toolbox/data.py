@@ -147,7 +147,7 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     others = [path.suffix for path in files if path.suffix.lower() not in {*SUFFIXES, ".txt"}]
     counts = ", ".join(f"{n} {suffix}" for suffix, n in sorted(Counter(others).items()))
-    found = f"{folder}: {len(images)} images; not read: {counts or 'nothing'}"
+    found = f"{folder}: {len(images)} images" + (f"; not read: {counts}" if counts else "")
     if len(images) < HELD_OUT_EVERY:
         found += f"; expected {HELD_OUT_EVERY} or more, to hold one out"
         if held_out or not images:
@@ -160,7 +160,8 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
             raise UserError(f"{folder / name}: a class cannot have this name; rename the folder")
 
     def samples() -> Iterator[Sample]:
-        tqdm.write(printable(found))
+        if not held_out:
+            tqdm.write(printable(found))
         part = [path for i, path in enumerate(images) if (i % HELD_OUT_EVERY == 15) == held_out]
         for path in tqdm(part, desc="reading images", leave=False):
             name, text = sub_folders[path], path.with_suffix(".txt")
