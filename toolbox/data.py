@@ -151,7 +151,7 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     if len(images) < HELD_OUT_EVERY:
         found += f"; expected {HELD_OUT_EVERY} or more, to hold one out"
         if held_out or not images:
-            raise UserError(f"{found}, of these kinds: {', '.join(SUFFIXES)}")
+            raise UserError(f"{found}, of these kinds: {', '.join(sorted(SUFFIXES))}")
     sub_folders = {path: path.parts[0] if len(path.parts) > 1 else "" for path in images}
     names = tuple(sorted({*sub_folders.values()}))
     classes = {"class": names} if len(names) > 1 and "" not in names else {}
