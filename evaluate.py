@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from processes import NoiseSchedule, randn, sample, strides, v_to_noise
-from toolbox.data import SIZES, Data, from_bytes, load_data, to_bytes
+from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.files import check_number, check_writable, errors_in_one_sentence
 from toolbox.metrics import (
     FID_FROM,
@@ -32,17 +32,36 @@ from toolbox.run import pick_device
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a model.pt, or the name of a ready model (default: as for sample.py)")
-    parser.add_argument("--data", help="what it was trained on (default: the model knows; of a folder it knows only the name)")
-    parser.add_argument("--n", type=int, default=256, help=f"samples; from {FID_FROM:,} on their FID is told too")
+    parser.add_argument(
+        "--model", help="a model.pt, or the name of a ready model (default: as for sample.py)"
+    )
+    parser.add_argument(
+        "--data",
+        help="what it was trained on (default: the model knows; of a folder it knows only the name)",
+    )
+    parser.add_argument(
+        "--n", type=int, default=256, help=f"samples; from {FID_FROM:,} on their FID is told too"
+    )
     parser.add_argument("--steps", type=int, default=40, help="network calls for each sample")
-    parser.add_argument("--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM")
-    parser.add_argument("--seed", type=int, default=0, help="sample i has the seed SEED + i, as in sample.py")
-    parser.add_argument("--inception", action="store_true", help="measure FID on Inception's features (needs torchmetrics)")
-    parser.add_argument("--out", type=Path, default=Path("evaluation.png"), help="the picture that is written")
+    parser.add_argument(
+        "--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="sample i has the seed SEED + i, as in sample.py"
+    )
+    parser.add_argument(
+        "--inception",
+        action="store_true",
+        help="measure FID on Inception's features (needs torchmetrics)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("evaluation.png"), help="the picture that is written"
+    )
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    check_number("--n", args.n, 4)  # an error bar takes halves, and a distance within a half takes two
+    check_number(
+        "--n", args.n, 4
+    )  # an error bar takes halves, and a distance within a half takes two
     check_number("--seed", args.seed, 0, 2**32 - args.n)
     check_number("--eta", args.eta, 0, 1)
 
@@ -50,16 +69,23 @@ def main() -> None:
     device = pick_device(args.device)
     network, schedule, about = load_model(model, device)
     predict_noise = v_to_noise(network, schedule)
-    strides(schedule.T, args.steps)  # before the work, not after it: are there so many steps, can the picture be written?
+    strides(
+        schedule.T, args.steps
+    )  # before the work, not after it: are there so many steps, can the picture be written?
     check_writable(args.out)
     inception = Inception() if args.inception else None
     if not args.data and about["data"] not in SIZES:
         raise ValueError(
             f"{model} was trained on a folder named {about['data']}: say where it is, --data path/to/{about['data']}"
         )
-    data, held_out = (load_data(args.data or about["data"], about["size"], held_out=part) for part in (False, True))
+    data, held_out = (
+        load_data(args.data or about["data"], about["size"], held_out=part)
+        for part in (False, True)
+    )
     if data.channels != about["channels"]:
-        raise ValueError(f"{model} draws pictures of {about['channels']} channels, those of {data.name} have {data.channels}")
+        raise ValueError(
+            f"{model} draws pictures of {about['channels']} channels, those of {data.name} have {data.channels}"
+        )
     pictures = f"{len(data.images):,} training pictures, {len(held_out.images):,} held out"
     print(f"model     {model}, trained on {about['data']}: {pictures}")
 
@@ -70,12 +96,16 @@ def main() -> None:
     if inception:
         distances(samples, inception, data)
     copies, how_near = look_for_copies(samples, data, held_out.images)
-    plot_evaluation(levels, linear, from_bytes(samples), from_bytes(copies), how_near, args.out)
+    plot_evaluation(levels, linear, from_uint8(samples), from_uint8(copies), how_near, args.out)
     print(f"wrote {args.out}")
 
 
 def losses(
-    predict_noise: Callable, schedule: NoiseSchedule, data: Data, images: Tensor, device: torch.device
+    predict_noise: Callable,
+    schedule: NoiseSchedule,
+    data: Data,
+    images: Tensor,
+    device: torch.device,
 ) -> tuple[dict, dict]:
     """Mean squared error on held-out pictures by time step: the network's, and the best linear denoiser's.
 
@@ -83,18 +113,30 @@ def losses(
     with each other, not with those of another schedule.
     """
     images = some(images, 256)
-    levels = loss_by_level(predict_noise, from_bytes(images).to(device), schedule, levels=25)
+    levels = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
     alpha_bar = schedule.alpha_bar[list(levels)]
     linear = LinearDenoiser(data.images).errors(images, alpha_bar)
     judged = (alpha_bar > 0.02) & (alpha_bar < 0.98)
     ours, best = (x[judged].mean().item() for x in (torch.tensor([*levels.values()]), linear))
-    verdict = "it has learned more than brightness and smoothness" if ours < best else "IT HAS LEARNED NOTHING: see docs/lab.md"
-    print(f"loss      {ours:.4f} on {len(images)} held-out pictures; the best linear denoiser: {best:.4f}; {verdict}")
+    verdict = (
+        "it has learned more than brightness and smoothness"
+        if ours < best
+        else "IT HAS LEARNED NOTHING: see docs/lab.md"
+    )
+    print(
+        f"loss      {ours:.4f} on {len(images)} held-out pictures; the best linear denoiser: {best:.4f}; {verdict}"
+    )
     return levels, dict(zip(levels, linear.tolist(), strict=True))
 
 
 def draw(
-    predict_noise: Callable, schedule: NoiseSchedule, shape: tuple, seeds: range, steps: int, eta: float, device: torch.device
+    predict_noise: Callable,
+    schedule: NoiseSchedule,
+    shape: tuple,
+    seeds: range,
+    steps: int,
+    eta: float,
+    device: torch.device,
 ) -> Tensor:
     """The pictures of these seeds, as `python sample.py` makes them, in bytes (N, C, H, W)."""
     chunks = torch.tensor(seeds).split(32)
@@ -108,8 +150,17 @@ def draw(
         for chunk in chunks:
             generators = [torch.Generator().manual_seed(seed) for seed in chunk.tolist()]
             noise = randn((len(chunk), *shape), generators, device=device)
-            x0 = sample(predict_noise, noise, schedule, steps, eta, clip=True, generator=generators, on_step=on_step)
-            pictures.append(to_bytes(x0).cpu())
+            x0 = sample(
+                predict_noise,
+                noise,
+                schedule,
+                steps,
+                eta,
+                clip=True,
+                generator=generators,
+                on_step=on_step,
+            )
+            pictures.append(to_uint8(x0).cpu())
     return torch.cat(pictures)
 
 
@@ -144,7 +195,9 @@ def distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> N
     for name, distance in scores.items():
         one, error = with_error(distance, a, b)
         zero, zero_error = with_error(distance, floor, b)
-        print(f"{name:26}{f'{one:.1f} +- {error:.1f}':>14}{f'{zero:.1f} +- {zero_error:.1f}':>20} for {len(floor)} real ones")
+        print(
+            f"{name:26}{f'{one:.1f} +- {error:.1f}':>14}{f'{zero:.1f} +- {zero_error:.1f}':>20} for {len(floor)} real ones"
+        )
 
 
 def look_for_copies(samples: Tensor, data: Data, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -152,8 +205,12 @@ def look_for_copies(samples: Tensor, data: Data, real: Tensor) -> tuple[Tensor, 
     copies, distance = nearest(samples, data)
     usual = nearest(some(real, len(samples)), data)[1]
     nearer = 100 * (distance < usual.quantile(0.01)).float().mean()
-    print(f"copies    the nearest training picture is {distance.median():.1f} of 255 away (root mean square; median), that of")
-    print(f"          a held-out picture {usual.median():.1f}; nearer than 99 of 100 of those: {nearer:.1f} of 100 samples")
+    print(
+        f"copies    the nearest training picture is {distance.median():.1f} of 255 away (root mean square; median), that of"
+    )
+    print(
+        f"          a held-out picture {usual.median():.1f}; nearer than 99 of 100 of those: {nearer:.1f} of 100 samples"
+    )
     return copies, {"samples": distance, "held-out pictures": usual}
 
 

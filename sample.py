@@ -1,4 +1,4 @@
-"""Draw pictures with a trained model: `python sample.py` makes a grid of cats. This is Algorithm 2 of DDPM as a program."""
+"""Draw images with a trained model: `python sample.py` makes a grid of cats (Algorithm 2 of DDPM)."""
 
 import argparse
 from pathlib import Path
@@ -7,78 +7,76 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import randn, sample, strides, v_to_noise
-from toolbox.files import check_number, check_writable, errors_in_one_sentence
-from toolbox.models import default_model, load_model
-from toolbox.pictures import grid, save, save_gif, save_grid, to_image
-from toolbox.run import pick_device
+from processes import sample_seeds
+from toolbox.device import pick_device
+from toolbox.files import UserError, check_number, check_writable, user_errors
+from toolbox.images import grid, save_gif, save_grid, save_image, to_image
+from toolbox.models import default_model, load_model, predict_noise_of
 
-CHUNK = 32  # pictures that go through the network together: on a CPU more of them leave its cache
+BATCH = 32  # images that go through the network together; on a CPU more would leave its cache
+GRID = 1024  # images that fit into one grid
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", help="a model.pt, or the name of a ready model (default: runs/cats/model.pt if there, else cats)"
+    add = parser.add_argument
+    add(
+        "--model",
+        help="a model.pt or a ready model (default: runs/cats/model.pt if any, else cats)",
     )
-    parser.add_argument("--n", type=int, default=64, help="how many pictures")
-    parser.add_argument("--steps", type=int, default=40, help="network calls for each picture")
-    parser.add_argument("--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM")
-    parser.add_argument("--seed", type=int, default=0, help="picture i has the seed SEED + i")
-    parser.add_argument(
-        "--out", type=Path, default=Path("samples.png"), help="a .png for a grid, else a folder for single pictures"
-    )
-    parser.add_argument("--gif", type=Path, help="also write how the grid comes out of the noise")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--n", type=int, default=64, help="how many images (default: 64)")
+    add("--steps", type=int, default=40, help="network calls for each image (default: 40)")
+    add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
+    add("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
+    add("--out", default="samples.png", help=".png for a grid, or a folder (default: samples.png)")
+    add("--gif", type=Path, help="also write how the grid comes out of the noise")
+    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    check_number("--n", args.n, 1)
+
+    out, as_grid = Path(args.out), args.out.lower().endswith(".png")
+    check_number("--n", args.n, 1, GRID if as_grid or args.gif else 2**31)
     check_number("--seed", args.seed, 0, 2**32 - args.n)
     check_number("--eta", args.eta, 0, 1)
-    if args.out.suffix.lower() not in ("", ".png"):
-        raise ValueError(f"--out {args.out}: expected a name that ends in .png, for a grid, or a folder")
-
+    if not args.out:
+        raise UserError("--out: expected a name that ends in .png, for a grid, or a folder")
     if args.gif and args.gif.suffix.lower() != ".gif":
-        raise ValueError(f"--gif {args.gif}: expected a name that ends in .gif")
+        raise UserError(f"--gif {args.gif}: expected a name that ends in .gif")
+    model, device = args.model or default_model(), pick_device(args.device)
+    network, schedule, config = load_model(model, device)
+    check_number("--steps", args.steps, 1, schedule.T)
+    for path in [out if as_grid else out / f"{args.seed:06}.png", args.gif]:
+        if path:
+            check_writable(path)
 
-    model = args.model or default_model()
-    device = pick_device(args.device)
-    network, schedule, about = load_model(model, device)
-    predict_noise = v_to_noise(network, schedule)
-    shape = (about["channels"], about["size"], about["size"])
-    check_writable(args.out if args.out.suffix else args.out / f"{args.seed:06}.png")
+    size, shape = config["size"], (config["channels"], config["size"], config["size"])
+    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {config['data']}")
+    predict_noise = predict_noise_of(network, schedule, config)
+    batches = torch.arange(args.seed, args.seed + args.n).split(BATCH)
+    images, trajectory = [], []
+    with tqdm(total=args.steps * len(batches), unit="step") as bar:
+
+        def on_step(x: Tensor, t_prev: int, x0: Tensor) -> Tensor:
+            bar.update()
+            if args.gif:
+                trajectory.append(x.cpu())
+            return x
+
+        options = {"steps": args.steps, "eta": args.eta, "clip_x0": True, "on_step": on_step}
+        for seeds in (batch.tolist() for batch in batches):
+            x0 = sample_seeds(predict_noise, shape, seeds, schedule, device, **options).cpu()
+            if as_grid or args.gif:
+                images.append(x0)
+            if not as_grid:
+                for seed, image in zip(seeds, x0, strict=True):
+                    save_image(to_image(image), out / f"{seed:06}.png")
+    if as_grid:
+        save_grid(torch.cat(images), out)
     if args.gif:
-        check_writable(args.gif)
-    print(f"{args.n} pictures of {about['size']}x{about['size']} pixels by the model {model}, trained on {about['data']}")
-
-    chunks = range(args.seed, args.seed + args.n, CHUNK)
-    bar = tqdm(total=len(strides(schedule.T, args.steps)) * len(chunks), unit="step")
-    pictures, trail = [], []
-
-    def on_step(x: Tensor, t_prev: int) -> Tensor:
-        bar.update()
-        if args.gif:
-            trail.append(x.cpu())
-        return x
-
-    for first in chunks:
-        seeds = range(first, min(first + CHUNK, args.seed + args.n))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # each picture has its own noise, so that
-        noise = randn((len(seeds), *shape), generators, device=device)  # it is the same one whatever stands beside it
-        x0 = sample(predict_noise, noise, schedule, args.steps, args.eta, clip=True, generator=generators, on_step=on_step)
-        pictures.append(x0.cpu())
-    bar.close()
-    pictures = torch.cat(pictures)
-
-    if args.out.suffix.lower() == ".png":
-        save_grid(pictures, args.out)
-    else:
-        for seed, picture in enumerate(pictures, start=args.seed):
-            save(to_image(picture), args.out / f"{seed:06}.png")
-    if args.gif:
-        save_gif([grid(torch.cat(trail[step :: args.steps])) for step in range(args.steps)], args.gif)
+        steps = [torch.cat(trajectory[step :: args.steps]) for step in range(args.steps)]
+        save_gif([grid(x) for x in steps], args.gif)
     print(f"wrote {args.out}" + (f" and {args.gif}" if args.gif else ""))
 
 
 if __name__ == "__main__":
-    with errors_in_one_sentence():
+    with user_errors():
         main()

@@ -1,91 +1,186 @@
-"""Train a diffusion model: `python train.py` learns to draw cats. This is Algorithm 1 of DDPM as a program."""
+"""Train a diffusion model: `python train.py` learns to draw cats (Algorithm 1 of DDPM)."""
 
 import argparse
+import copy
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
-from toolbox.data import SIZES, load_data
-from toolbox.files import check_number, errors_in_one_sentence
-from toolbox.models import card, load_model
-from toolbox.pictures import loss_by_level, plot_training, save_grid
-from toolbox.run import Run, all_processes, first_process_first, pick_device
+from processes import NoiseSchedule, add_noise, sample_seeds
+from toolbox.data import SIZES, Data, from_uint8, load_data
+from toolbox.device import distributed, first_process_first, pick_device
+from toolbox.files import UserError, check_number, user_errors
+from toolbox.images import loss_by_level, plot_training, save_grid
+from toolbox.models import PREDICTIONS, SCHEDULES, load_model, model_config
+from toolbox.muon import Muon
+from toolbox.run import Run
+from toolbox.timing import announce
 from unet import UNet
+
+LEARNING_RATE = 2e-3
+WARM_UP = 50  # steps
+MAX_GRAD_NORM = 1.0
+LARGE = {  # from 64 pixels on: one level more, and few channels where there are many pixels
+    "channels": (16, 32, 64, 128, 192),
+    "attention_levels": (False, False, False, True, False),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of pictures")
-    parser.add_argument("--out", type=Path, help="the run's folder (default: runs/DATA); the same command goes on with it")
-    parser.add_argument("--model", help="begin with the weights of this model.pt, or of a ready model")
-    parser.add_argument("--steps", type=int, default=3700, help="training steps in all; more go on with a finished run")
-    parser.add_argument("--size", type=int, help="pixels (default: the model's, or the data's own; 64 for a folder)")
-    parser.add_argument("--batch", type=int, default=16, help="pictures in a step, of all processes together")
-    parser.add_argument("--accumulate", type=int, default=1, help="work on a batch in so many parts; each needs less memory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
+    add = parser.add_argument
+    add("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of images (default: cats)")
+    add("--out", type=Path, help="the run's folder (default: runs/DATA); repeat to resume")
+    add("--model", help="start from the weights of this model.pt, or of a ready model")
+    add("--steps", type=int, default=3700, help="in total; more continue a run (default: 3700)")
+    add("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
+    add("--batch", type=int, default=16, help="images in a step (default: 16)")
+    add("--schedule", default="sigmoid", choices=SCHEDULES, help="of the noise (default: sigmoid)")
+    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
     args = parser.parse_args()
 
     check_number("--seed", args.seed, 0, 2**32 - 1)
-    device = pick_device(args.device)
+    args.device = pick_device(args.device)
     torch.manual_seed(args.seed)  # the network's first weights
     if args.model:
         network, schedule, old = load_model(args.model)
-        with first_process_first():
-            data = load_data(args.data, args.size or old["size"])
-        if old["channels"] != data.channels:
-            raise ValueError(
-                f"--model {args.model} draws pictures of {old['channels']} channels, and those of --data {args.data} have "
-                f"{data.channels}: train without --model, or with a model of such pictures"
-            )
-    else:
-        with first_process_first():
-            data = load_data(args.data, args.size)
-        large = {"widths": (16, 32, 64, 128, 192), "attention": (False, False, False, True, False)}  # thin where all pixels are
-        network = UNet(data.channels, data.channels, **(large if data.size >= 64 else {}))
-        schedule = NoiseSchedule.sigmoid()
+        args.size, prediction = args.size or old["size"], old["prediction"]
+    with first_process_first():
+        data = load_data(args.data, args.size, out=args.out)
+    if not args.model:
+        schedule, prediction = SCHEDULES[args.schedule](), "v"
+        network = UNet(data.channels, data.channels, **(LARGE if data.size >= 64 else {}))
+    elif old["channels"] != data.channels:
+        raise UserError(
+            f"--model {args.model}: expected data of {old['channels']} channels, got "
+            f"{data.channels}; train without --model, or with a model of such images"
+        )
+    config = model_config(network, schedule, data.size, data.name, prediction)
+    example = torch.zeros(1, *data.images.shape[1:]), torch.zeros(1, dtype=torch.long)
+    run = start_run(args, args.out or Path("runs") / data.name, network, data, config, example)
 
-    run = Run(
-        folder=args.out or Path("runs") / data.name,
-        network=network,
-        data=data,
-        card=card(network, schedule, data.size, data.name),
-        settings={"model": args.model, "pictures": len(data.images), "their content": data.content},
-        steps=args.steps,
-        batch=args.batch,
-        seed=args.seed,
-        device=device,
-        precision=args.precision,
-        accumulate=args.accumulate,
-    )
-    if run.k >= args.steps:
-        print(f"{run.folder} holds this training, finished after {run.k} steps: more --steps go on, another --out begins anew")
-        return
-    run.announce()
-
-    predict_noise = v_to_noise(run.fast(run.network), schedule)
+    predict_noise = PREDICTIONS[prediction](run.model, schedule)
     for x0 in run.batches():
-        t = run.randint(schedule.T)  # a time step for each picture, all equally likely
+        t = run.randint(schedule.T)  # (B,), a time step for each image, all equally likely
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
-        loss = F.mse_loss(predict_noise(x_t, t), noise)  # math.md (7)
-        run.step(loss)
-        if run.pictures_due():
-            show(run, schedule)
+        with autocast(run.device, run.precision):
+            loss = F.mse_loss(predict_noise(x_t, t), noise)  # math.md (7)
+        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        run.log(loss)
+        if run.preview_due():
+            log_samples(run, PREDICTIONS[prediction](run.ema, schedule), schedule)
 
 
-def show(run: Run, schedule: NoiseSchedule) -> None:
-    """What the averaged network makes of 36 pieces of noise, always the same ones, and where its loss comes from."""
-    predict_noise = v_to_noise(run.fast(run.averaged), schedule)
-    generators = [torch.Generator().manual_seed(i) for i in range(36)]
-    noise = randn((36, *run.data.images.shape[1:]), generators, device=run.device)
-    save_grid(sample(predict_noise, noise, schedule, clip=True, generator=generators), run.folder / f"samples-{run.k:06}.png")
-    levels = loss_by_level(predict_noise, run.pictures(64), schedule)
+# ---- the recipe, which the trainings of latent_ext share -----------------------------------------
+
+
+def make_optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for matrices and convolution kernels, AdamW for biases and norms."""
+    matrices = [w for w in network.parameters() if w.ndim > 1]
+    vectors = [w for w in network.parameters() if w.ndim < 2]
+    fused = vectors[0].device.type in ("cpu", "cuda")
+    adamw = torch.optim.AdamW(vectors, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=fused)
+    return [Muon(matrices, lr=LEARNING_RATE), adamw]
+
+
+def gradient_step(
+    loss: Tensor, network: nn.Module, ema: nn.Module, optimizers: Sequence, step: int, steps: int
+) -> None:
+    """Backward, clip the gradient, update the weights, then their moving average."""
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
+    if not (loss + grad_norm).isfinite():
+        raise UserError(
+            f"step {step + 1}: the loss is {loss:.3g}, the gradient norm {grad_norm:.3g}; learning "
+            "on would destroy the network. Its last checkpoint is kept; look for broken images in "
+            "the data, or try --precision float32"
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    update_ema(ema, network, step + 1)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Up while the optimizers' averages are young, then linearly down to 0."""
+    return LEARNING_RATE * min((step + 1) / WARM_UP, 1 - step / steps)
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
+    """Exponential moving average of the weights, steadier than the last ones.
+
+    Its memory grows with the run, to about a ninth of it, so that it forgets the random start.
+    """
+    decay = min(0.9999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """In bfloat16 convolutions and products are computed with 8 bits; weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+# ---- before and after ----------------------------------------------------------------------------
+
+
+def start_run(
+    args: argparse.Namespace,
+    folder: Path,
+    network: nn.Module,
+    data: Data,
+    config: dict,
+    example: Sequence[Tensor],
+    settings: dict | None = None,
+    preview_calls: int = 60,
+) -> Run:
+    """A new run, or the one that the folder holds; says how long it will take.
+
+    example: inputs of the network for one image. preview_calls: network calls of 36 images each in
+    a preview; by default 40 of them sample, the others measure the loss by level.
+    """
+    layout = torch.channels_last if args.device.type == "cuda" else torch.contiguous_format
+    network.to(args.device, memory_format=layout)
+    ema = copy.deepcopy(network).requires_grad_(False).eval()
+    settings = {"model": args.model, "images": len(data.images)} | (settings or {})
+    numbers = args.steps, args.batch, args.seed, args.device, args.precision
+    run = Run(folder, network, ema, make_optimizers(network), data, config, settings, *numbers)
+
+    network, ema = copy.deepcopy((network, ema))  # for timing
+    optimizers = make_optimizers(network)
+
+    def step(precision: str) -> None:
+        with autocast(run.device, precision):
+            outputs = network(*(x.expand(run.shard, *x.shape[1:]).to(run.device) for x in example))
+        loss = sum(y.float().square().mean() for y in outputs)
+        gradient_step(loss, network, ema, optimizers, 0, run.steps)
+
+    @torch.no_grad()
+    def preview_call(precision: str) -> None:
+        with autocast(run.device, precision):
+            ema(*(x.expand(36, *x.shape[1:]).to(run.device) for x in example))
+
+    announce(run, step, preview_call, preview_calls)
+    return run
+
+
+def log_samples(run: Run, predict_noise: Callable, schedule: NoiseSchedule) -> None:
+    """What the EMA makes of 36 pieces of noise, always the same, and its loss by noise level."""
+    shape, x0 = run.data.images.shape[1:], from_uint8(run.data.images[:64]).to(run.device)
+    with autocast(run.device, run.precision):
+        x = sample_seeds(predict_noise, shape, range(36), schedule, run.device, clip_x0=True)
+        levels = loss_by_level(predict_noise, x0, schedule)
+    save_grid(x, run.folder / f"samples-{run.step:06}.png")
     plot_training(run.history, levels, run.folder / "loss.png")
 
 
 if __name__ == "__main__":
-    with errors_in_one_sentence(), all_processes():
+    with user_errors(), distributed():
         main()

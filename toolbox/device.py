@@ -1,11 +1,14 @@
-"""Which device to compute on."""
+"""The device to compute on, and the processes that share a training."""
 
 import ctypes
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
 from toolbox.files import UserError
 
@@ -46,3 +49,41 @@ def tune_malloc() -> None:
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes
             # Older versions take at most 32 MB.
             libc.mallopt(M_MMAP_THRESHOLD, 2**30) or libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+@contextmanager
+def distributed() -> Iterator[None]:
+    """In here the processes of torchrun can talk to each other. A single one needs nothing."""
+    if PROCESSES == 1:
+        yield
+        return
+    dist.init_process_group(timeout=timedelta(days=1))  # a download may take long
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
+            yield
+    except SystemExit:  # they have agreed to stop
+        dist.destroy_process_group()
+        raise
+    else:  # but not after an error: the others may still be waiting for something else
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What the first process makes in here, such as the data's cache, the others then find."""
+    if RANK > 0:
+        all_reduce_mean(0)
+    try:
+        yield
+    finally:
+        if RANK == 0:
+            all_reduce_mean(0)
+
+
+def all_reduce_mean(number: float) -> float:
+    """The mean over all processes, for which each of them waits here."""
+    if PROCESSES == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item() / PROCESSES

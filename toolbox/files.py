@@ -1,28 +1,15 @@
 """Atomic file writes, and command-line errors in one sentence."""
 
-import errno
+import atexit
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FULL = "the disk is full; make room and repeat the command: what was saved is kept"
-NOT_ALLOWED = "this user may not open or change it; use another place, or change its permissions"
-MEANING = {  # of the operating system's errors that a user can mend
-    errno.ENOENT: "there is no such file or folder; is the name right?",
-    errno.EACCES: NOT_ALLOWED,
-    errno.EPERM: NOT_ALLOWED,
-    errno.EROFS: "nothing can be written there; use another place",
-    errno.EEXIST: "expected a folder, this is a file; use another name",
-    errno.ENOTDIR: "expected a folder on the way to it, found a file; use another name",
-    errno.EISDIR: "expected a file, this is a folder; use another name",
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-    errno.EFBIG: FULL,
-}
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, Linux, Windows
 
 
@@ -56,9 +43,8 @@ def system_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in MEANING:
-            raise
-        raise UserError(f"{path}: {MEANING[error.errno]}") from error
+        advice = "check its name, its permissions, and the space on the disk"
+        raise UserError(f"{path}: {error.strerror or error}; {advice}") from error
 
 
 @contextmanager
@@ -88,3 +74,43 @@ def check_number(flag: str, number: float, low: float, high: float = math.inf) -
     if not low <= number <= high or math.isinf(number):
         limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
         raise UserError(f"{flag} {number}: expected {limits}")
+
+
+def lock_folder(folder: Path) -> None:
+    """Until this process ends no other may write there; a dead one's lock is taken over."""
+    path, mine = folder / "lock", f"{os.getpid()} {socket.gethostname()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as file:  # fails if the file exists
+            file.write(mine)
+    except FileExistsError:
+        pid, _, host = path.read_text("utf-8").partition(" ")
+        if pid.isdigit() and int(pid) != os.getpid() and host == socket.gethostname():
+            if process_alive(int(pid)):
+                raise UserError(
+                    f"another training, process {pid}, is using {folder}: use another --out, or "
+                    f"wait for it (if it is none, delete {path})"
+                ) from None
+            print(f"took over {folder} from process {pid}, which has ended", flush=True)
+        path.write_text(mine, "utf-8")
+    atexit.register(path.unlink, missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Temporary files (see atomic_write) of processes that were killed."""
+    for path in folder.glob("*.tmp"):
+        pid = path.name.split(".")[-2]
+        if not pid.isdigit() or not process_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def process_alive(pid: int) -> bool:
+    if os.name == "nt":  # nothing that only asks: assume the best
+        return True
+    try:
+        os.kill(pid, 0)  # signal 0 is only a question
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from toolbox.data import CACHE, Data, from_bytes, to_bytes
-from toolbox.files import whole_file
+from toolbox.data import CACHE, Data, from_uint8, to_uint8
+from toolbox.files import atomic_write
 from toolbox.models import READY, read
 
 FEATURES = 128
@@ -43,15 +43,26 @@ class FeatureNet(nn.Module):
         self.config = {"channels": channels, "answers": answers}
 
         def conv(c_in: int, c_out: int, stride: int = 1) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+            )
 
         self.body = nn.Sequential(
-            conv(channels, 32), conv(32, 32), conv(32, 64, 2), conv(64, 64), conv(64, 128, 2), conv(128, FEATURES // 2)
+            conv(channels, 32),
+            conv(32, 32),
+            conv(32, 64, 2),
+            conv(64, 64),
+            conv(64, 128, 2),
+            conv(128, FEATURES // 2),
         )
         self.heads = nn.Linear(FEATURES, sum(answers.values()))
 
     def features(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.body(x), (1, 2)).flatten(1)  # 64 of the left half, 64 of the right: (B, 128)
+        return F.adaptive_avg_pool2d(self.body(x), (1, 2)).flatten(
+            1
+        )  # 64 of the left half, 64 of the right: (B, 128)
 
     def answers(self, features: Tensor) -> dict[str, Tensor]:
         scores = self.heads(features).split(list(self.config["answers"].values()), dim=1)
@@ -60,7 +71,7 @@ class FeatureNet(nn.Module):
     @torch.no_grad()
     def see(self, images: Tensor) -> Tensor:
         """Bytes (N, C, H, W) -> features (N, 128)."""
-        return torch.cat([self.features(from_bytes(chunk)) for chunk in images.split(256)])
+        return torch.cat([self.features(from_uint8(chunk)) for chunk in images.split(256)])
 
 
 def feature_net(data: Data) -> FeatureNet:
@@ -69,19 +80,27 @@ def feature_net(data: Data) -> FeatureNet:
     Whether a stored one belongs to these pictures is told by their mean: another folder, another renderer, another mean;
     and by its questions: the same folder may have been sorted into classes since.
     """
-    mean = from_bytes(data.images[:: len(data.images) // 1000 + 1]).mean(0)
+    mean = from_uint8(data.images[:: len(data.images) // 1000 + 1]).mean(0)
     name, questions = f"{data.name}-{data.size}.pt", questions_for(data)
     for path in (READY / "features" / name, CACHE / "features" / name):
         if path.exists():
             stored = read(path)
-            fits = stored["mean"].shape == mean.shape and (stored["mean"].float() - mean).abs().max() < 0.01
+            fits = (
+                stored["mean"].shape == mean.shape
+                and (stored["mean"].float() - mean).abs().max() < 0.01
+            )
             if fits and stored["network"]["answers"] == questions:
                 network = FeatureNet(**stored["network"])
-                network.load_state_dict({key: value.float() for key, value in stored["weights"].items()})
+                network.load_state_dict(
+                    {key: value.float() for key, value in stored["weights"].items()}
+                )
                 return network.eval()
     network = train_feature_net(data)
-    weights = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    with whole_file(path) as temporary:
+    weights = {
+        key: value.half() if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+    with atomic_write(path) as temporary:
         torch.save({"network": network.config, "weights": weights, "mean": mean.half()}, temporary)
     return feature_net(data)  # as it lies in the file: the same figures now and later
 
@@ -107,15 +126,25 @@ def train_feature_net(data: Data, steps: int = 600, batch: int = 128) -> Feature
             for group in optimizer.param_groups:
                 group["lr"] = 3e-3 * min((k + 1) / 50, 1 - k / steps)
             chosen = torch.randint(len(data.images), (batch,))
-            x = from_bytes(data.images[chosen])
-            others = from_bytes(data.images[[alike(int(i)) for i in chosen]])
+            x = from_uint8(data.images[chosen])
+            others = from_uint8(data.images[[alike(int(i)) for i in chosen]])
             if data.classes:
                 right = dict(zip(data.classes, data.labels[chosen].T, strict=True))
             else:
                 right = {"turned": torch.randint(4, (batch,))}
-                x = torch.stack([picture.rot90(int(turns), (1, 2)) for picture, turns in zip(x, right["turned"], strict=True)])
+                x = torch.stack(
+                    [
+                        picture.rot90(int(turns), (1, 2))
+                        for picture, turns in zip(x, right["turned"], strict=True)
+                    ]
+                )
             right["damage"] = (torch.rand(batch) < 0.5) * torch.randint(1, len(DAMAGES), (batch,))
-            x = torch.stack([damage(p, DAMAGES[k], o) for p, k, o in zip(x, right["damage"].tolist(), others, strict=True)])
+            x = torch.stack(
+                [
+                    damage(p, DAMAGES[k], o)
+                    for p, k, o in zip(x, right["damage"].tolist(), others, strict=True)
+                ]
+            )
             scores = network.answers(network.features(x))
             loss = sum(F.cross_entropy(scores[name], right[name]) for name in scores)
             optimizer.zero_grad()
@@ -138,15 +167,22 @@ def damage(picture: Tensor, kind: str, other: Tensor) -> Tensor:
     size = picture.shape[-1]
     if kind == "jpeg":
         with io.BytesIO() as file:
-            to_pil_image(to_bytes(picture)).save(file, "JPEG", quality=int(torch.randint(30, 80, ())))
-            return from_bytes(pil_to_tensor(Image.open(file)))
+            to_pil_image(to_uint8(picture)).save(
+                file, "JPEG", quality=int(torch.randint(30, 80, ()))
+            )
+            return from_uint8(pil_to_tensor(Image.open(file)))
     if kind in ("moved", "pasted"):
         height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
-        top, left = int(torch.randint(size - height + 1, ())), int(torch.randint(size - width + 1, ()))
+        top, left = (
+            int(torch.randint(size - height + 1, ())),
+            int(torch.randint(size - width + 1, ())),
+        )
         if kind == "moved":
             other = picture.roll(torch.randint(1, size, (2,)).tolist(), (1, 2))
         damaged = picture.clone()
-        damaged[:, top : top + height, left : left + width] = other[:, top : top + height, left : left + width]
+        damaged[:, top : top + height, left : left + width] = other[
+            :, top : top + height, left : left + width
+        ]
         return damaged
     if kind == "lines":
         period = int(torch.randint(2, 5, ()))
@@ -154,7 +190,11 @@ def damage(picture: Tensor, kind: str, other: Tensor) -> Tensor:
         lines = lines if torch.rand(()) < 0.5 else lines[:, None]
         return (picture + (0.1 + 0.1 * torch.rand(())) * lines).clamp(-1, 1)
     if kind == "faded":
-        colourless = picture.mean(0, keepdim=True) if len(picture) == 3 and torch.rand(()) < 0.5 else torch.zeros_like(picture)
+        colourless = (
+            picture.mean(0, keepdim=True)
+            if len(picture) == 3 and torch.rand(()) < 0.5
+            else torch.zeros_like(picture)
+        )
         return picture.lerp(colourless.expand_as(picture), float(0.1 + 0.15 * torch.rand(())))
     return picture
 
@@ -191,7 +231,11 @@ class Judge:
 
     def distance(self, features: Tensor) -> Tensor:
         """To the k-th nearest training picture: (N, 128) -> (N,)."""
-        return torch.cdist(features, self.known).kthvalue(min(NEIGHBOUR, len(self.known)), dim=1).values
+        return (
+            torch.cdist(features, self.known)
+            .kthvalue(min(NEIGHBOUR, len(self.known)), dim=1)
+            .values
+        )
 
     def sure(self, features: Tensor) -> dict[str, Tensor]:
         """For each class of the data: is it one of the values, with a probability over 0.9? (N,) truth values."""
@@ -200,7 +244,9 @@ class Judge:
 
     def clean(self, features: Tensor) -> Tensor:
         """Each of its classes is sure, and the picture as a whole lies no farther from the data than new data does: (N,)."""
-        return torch.stack([*self.sure(features).values(), self.distance(features) <= self.reach]).all(0)
+        return torch.stack(
+            [*self.sure(features).values(), self.distance(features) <= self.reach]
+        ).all(0)
 
     def variety(self, features: Tensor) -> dict[str, float]:
         """For each class the total-variation distance, 0 .. 1, between the shares of its values here and in the data."""
@@ -223,7 +269,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # The trace of the root of a product: its eigenvalues are those of the symmetric root_a b root_a.
     overlap = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * overlap).item()
+    return (
+        (a.mean(0) - b.mean(0)).square().sum()
+        + covariance_a.trace()
+        + covariance_b.trace()
+        - 2 * overlap
+    ).item()
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
@@ -242,10 +293,15 @@ def within(x: Tensor) -> Tensor:
     return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
 
 
-def with_error(distance: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor, repeats: int = 32) -> tuple[float, float]:
+def with_error(
+    distance: Callable[[Tensor, Tensor], float], a: Tensor, b: Tensor, repeats: int = 32
+) -> tuple[float, float]:
     """A distance, and its standard error: how much it differs between random halves of `a` (the delete-half jackknife)."""
     generator = torch.Generator().manual_seed(0)
-    halves = [distance(a[torch.randperm(len(a), generator=generator)[: len(a) // 2]], b) for _ in range(repeats)]
+    halves = [
+        distance(a[torch.randperm(len(a), generator=generator)[: len(a) // 2]], b)
+        for _ in range(repeats)
+    ]
     return distance(a, b), torch.tensor(halves).std().item()
 
 
@@ -259,7 +315,9 @@ class LinearDenoiser:
     """
 
     def __init__(self, images: Tensor, at_most: int = 4096):
-        pictures, others = (from_bytes(some(half, at_most)).flatten(1) for half in (images[::2], images[1::2]))
+        pictures, others = (
+            from_uint8(some(half, at_most)).flatten(1) for half in (images[::2], images[1::2])
+        )
         self.mean = pictures.mean(0)
         centred = pictures - self.mean  # (n, d)
         n, d = centred.shape
@@ -268,7 +326,9 @@ class LinearDenoiser:
         else:  # the Gram matrix has the same eigenvalues and is smaller: if G v = l v, then X'v is an eigenvector of X'X
             values, vectors = torch.linalg.eigh(centred @ centred.T)
             strong = values > 1e-6 * values[-1]
-            self.directions = centred.T @ vectors[:, strong] / values[strong].sqrt()  # (d, at most n)
+            self.directions = (
+                centred.T @ vectors[:, strong] / values[strong].sqrt()
+            )  # (d, at most n)
         # The variances of other pictures: along its own directions, a small set shows too much, and none beside them.
         self.variances, self.rest = self.project(others)
 
@@ -282,7 +342,7 @@ class LinearDenoiser:
 
     def errors(self, images: Tensor, alpha_bar: Tensor) -> Tensor:
         """Mean squared error of its predicted noise on these pictures (N, C, H, W), at each level (L,): math.md (13)."""
-        along, left = self.project(from_bytes(images).flatten(1))
+        along, left = self.project(from_uint8(images).flatten(1))
         d, known = self.directions.shape
         seen = torch.cat([along, left.expand(d - known)]).double()
         variances = torch.cat([self.variances, self.rest.expand(d - known)]).double()
@@ -297,10 +357,13 @@ def nearest(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
     """For each of the pictures the nearest training picture, mirrored if that is nearer, and the distance in bytes (N,)."""
     best, found = torch.full((len(images),), float("inf")), torch.zeros_like(images)
     for chunk in data.images.split(2048):
-        for candidates in (chunk, chunk.flip(-1)) if data.mirror else (chunk,):
+        for candidates in (chunk, chunk.flip(-1)) if data.hflip else (chunk,):
             distances = torch.cdist(images.flatten(1).float(), candidates.flatten(1).float()).min(1)
             nearer = distances.values < best
-            best[nearer], found[nearer] = distances.values[nearer], candidates[distances.indices[nearer]]
+            best[nearer], found[nearer] = (
+                distances.values[nearer],
+                candidates[distances.indices[nearer]],
+            )
     return found, best / images[0].numel() ** 0.5  # root of the mean square
 
 

@@ -1,136 +1,188 @@
-"""A model to share, in one file: what it takes to rebuild the network, and its (averaged) weights in 16 bits."""
+"""A model to share in one file: the numbers that rebuild the network, and its EMA weights."""
 
 import difflib
-import errno
 import hashlib
-import os
-import re
-import textwrap
-from collections.abc import Sequence
+import inspect
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from processes import NoiseSchedule
-from toolbox.files import check_number, whole_file
+from processes import NoiseSchedule, noise_from_v, noise_from_velocity
+from toolbox.files import UserError, atomic_write, system_errors
 from unet import UNet
 
-FORMAT = 2  # 1 predicted the noise itself, 2 predicts v
-OWN = Path("runs/cats/model.pt")  # of `python train.py`
-READY = Path(__file__).resolve().parent.parent / "models"  # NAME.pt in there can be asked for as NAME; README.md lists them
-SCHEDULES = {name: getattr(NoiseSchedule, name) for name in ("linear", "scaled_linear", "cosine", "sigmoid")}
+FORMAT = 3
+OWN_MODEL = Path("runs/cats/model.pt")  # of `python train.py`
+PRETRAINED = Path(__file__).resolve().parent.parent / "models"  # NAME.pt in there is called NAME
+SCHEDULES = {
+    name: getattr(NoiseSchedule, name)
+    for name, kind in vars(NoiseSchedule).items()
+    if isinstance(kind, classmethod) and not name.startswith("from_")
+}
+PREDICTIONS = {  # what a network outputs -> how predict_noise follows from it
+    "noise": lambda network, schedule: network,
+    "v": noise_from_v,
+    "velocity": noise_from_velocity,
+}
+FORMAT_2 = {"widths": "channels", "blocks": "num_res_blocks", "attention": "attention_levels"}
 
 
-def card(network: UNet, schedule: NoiseSchedule, size: int, data: str, classes: Sequence[str] = ()) -> dict:
-    """All that is needed to rebuild and to run a network but its weights; numbers, words and lists only."""
+def model_config(
+    network: UNet, schedule: NoiseSchedule, size: int, data: str, prediction: str = "v", **more
+) -> dict:
+    """What rebuilds and runs the network, in numbers, words and lists; `more` is kept as it is."""
+    make = SCHEDULES.get(schedule.name)
+    if make is None or not torch.equal(make(schedule.T).alpha_bar, schedule.alpha_bar):
+        raise ValueError(
+            f"a model file cannot describe the schedule {schedule.name!r}: expected what "
+            f"NoiseSchedule.{schedule.name}(T) makes, a classmethod of processes.py"
+        )
     return {
         "format": FORMAT,
         "network": network.config,
+        "prediction": prediction,
         "schedule": {"name": schedule.name, "T": schedule.T},
         "size": size,
         "channels": network.config["in_channels"],
         "data": data,
-        "classes": list(classes),
-    }
+    } | more
 
 
-def save_model(path: Path, network: nn.Module, card: dict) -> None:
-    """Float16 halves the file; rounding the weights to 11 bits changes the ready model's predicted noise by 0.0004."""
-    weights = {name: w.detach().half().cpu().contiguous() for name, w in network.state_dict().items()}
-    write(path, card | {"weights": weights})
+def save_model(path: Path, network: nn.Module, config: dict) -> None:
+    """In float16, which halves the file and changes a predicted noise by 0.0004."""
+    state = network.state_dict()
+    weights = {name: w.detach().half().cpu().contiguous() for name, w in state.items()}
+    write(path, config | {"weights": weights})
 
 
 def load_model(
     name: str | Path, device: torch.device | str = "cpu", make: type[nn.Module] = UNet
 ) -> tuple[nn.Module, NoiseSchedule, dict]:
-    """From a file, or the name of a ready model: the network (of the class `make`), its schedule, the file's other entries."""
+    """The network (of the class `make`), its schedule and configuration, by file or ready name."""
     path = find_model(name)
     content = read(path)
     if isinstance(content, dict) and "settings" in content:
-        raise ValueError(f"{path}: expected a model.pt, this is what a run goes on from; use the model.pt beside it")
-    if not isinstance(content, dict) or str(content.get("format")) != str(FORMAT) or "network" not in content:
-        raise ValueError(f"{path}: expected a model.pt of this project (format {FORMAT}), this is a file of another kind")
-    by_class = isinstance(content["network"], dict) and "classes" in content["network"]
-    if by_class != (make is not UNet):
-        program = "python -m latent_ext.generate" if by_class else "python sample.py"
-        raise ValueError(f"{path}: this model is {'' if by_class else 'not '}told what to draw; it draws with {program}")
+        raise UserError(f"{path}: this file resumes a training; use the model.pt next to it")
+    if not isinstance(content, dict) or content.get("format") not in (2, FORMAT):
+        raise UserError(f"{path}: expected a model.pt of this repository (format {FORMAT})")
     try:
-        network, schedule = rebuild(content, make)
-    except Exception as error:  # a file may say anything
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-        raise ValueError(f"{path}: its entries do not fit together, the file is damaged ({reason}); use another one") from error
-    return network.to(device).eval(), schedule, content
+        check_bounds({key: value for key, value in content.items() if key != "weights"})
+        weights, config = check_weights(content.pop("weights")), content["network"]
+        schedule = SCHEDULES[content["schedule"]["name"]](content["schedule"]["T"])
+        if content["channels"] != config["in_channels"] or content["size"] < 1:
+            raise ValueError("its sizes do not agree")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: this file is damaged ({error!r:.99}); use another one") from error
+    if ("classes" in config) != (make is not UNet):
+        program = "sample.py" if make is not UNet else "-m latent_ext.generate"
+        raise UserError(
+            f"{path}: expected another kind of model; use python {program} for this one"
+        )
+    if content["format"] == 2:
+        config = {FORMAT_2.get(key, key): value for key, value in config.items()}
+        config = {key: v for key, v in config.items() if key != "context_width" or v is not None}
+
+    with same_network(path):
+        inspect.signature(make).bind(**config)
+    with torch.device("meta"):  # shapes only: the weights are those of the file
+        network = make(**config)
+    own = network.state_dict()
+    if content["format"] == 2 and len(weights) == len(own):
+        weights = dict(zip(own, weights.values(), strict=True))  # other names, the same order
+    with same_network(path):
+        network.load_state_dict(weights, assign=True)
+    return network.float().to(device).eval(), schedule, {"prediction": "v"} | content
 
 
-def rebuild(content: dict, make: type[nn.Module]) -> tuple[nn.Module, NoiseSchedule]:
-    """What the file describes, if it works."""
-    with torch.device("meta"):  # shapes only: neither memory nor time for weights that those of the file replace
-        network = make(**content["network"])
-    network.load_state_dict(content.pop("weights"), assign=True)
-    network = network.float()
-    if not all(w.isfinite().all() for w in network.parameters()):
-        raise ValueError("some weights are no finite numbers")
-    size, channels, name, T = content["size"], content["channels"], content["schedule"]["name"], content["schedule"]["T"]
-    check_number("size", size, 1, 10_000)
-    check_number("T", T, 1, 100_000)
-    with torch.no_grad():  # one small picture: what could go wrong later goes wrong now
-        x = torch.zeros(1, channels, 8, 8)
-        if network(x, torch.zeros(1, dtype=torch.long)).shape != x.shape:
-            raise ValueError("what the network predicts has another shape than the picture")
-    return network, SCHEDULES[name](T)
-
-
-def default_model() -> str | Path:
-    return OWN if OWN.exists() else "cats"
-
-
-def find_model(name: str | Path) -> Path:
-    ready = {path.stem: path for path in sorted(READY.glob("*.pt"))}
-    if Path(name).is_file():
-        return Path(name)
-    if str(name) in ready:
-        return ready[str(name)]
-    if Path(name).is_dir():
-        raise ValueError(f"--model {name}: expected a file, this is a folder; is it {Path(name) / 'model.pt'}?")
-    near = difflib.get_close_matches(str(name), ready, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"--model {name}: no such file and no ready model; {hint}ready models: {', '.join(ready) or 'none'}")
-
-
-def read(path: Path) -> object:
-    """torch.load, without executing anything that a file may contain (weights_only)."""
-    check_published(path)
+@contextmanager
+def same_network(path: Path) -> Iterator[None]:
+    """Whoever has changed unet.py meanwhile is told so; in here nothing else can go wrong."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (PermissionError, FileNotFoundError):
-        raise
-    except Exception as error:  # whatever its bytes lead to
-        raise ValueError(
-            f"{path}: expected a file that torch.save wrote whole; this one is damaged or of another kind"
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: made by another network than unet.py now describes ({reason:.200}); "
+            "train anew, or undo the change"
         ) from error
 
 
-def check_published(path: Path) -> None:
-    """A ready model is the very file whose checksum is listed, or it is refused."""
-    path = path.resolve()
-    if READY not in path.parents or not path.is_file():
-        return
-    listed = dict(re.findall(r"^\| `(.+?)` .* `([0-9a-f]{64})` \|$", (READY / "README.md").read_text("utf-8"), re.MULTILINE))
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
-    if listed.get(path.relative_to(READY).as_posix(), checksum) != checksum:
-        raise ValueError(
-            f"{path}: expected the ready model that {READY / 'README.md'} lists, this file has another checksum: "
-            "it is damaged, or somebody's own (move that elsewhere); `git checkout` brings the ready one back"
-        )
+def check_bounds(value: object) -> None:
+    """Refuse absurd numbers before anything is built from them."""
+    for part in value.values() if isinstance(value, dict) else value:
+        if isinstance(part, dict | list):
+            check_bounds(part)
+        elif isinstance(part, int) and not 0 <= part <= 10_000:
+            raise ValueError(f"expected numbers up to 10,000, got {part:.3g}")
+
+
+def check_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, w in weights.items():
+        if w.numel() * w.itemsize > w.untyped_storage().nbytes() or not w.isfinite().all():
+            raise ValueError(f"{name}: not all of its numbers are there and finite")
+    return weights
+
+
+def predict_noise_of(network: nn.Module, schedule: NoiseSchedule, config: dict) -> Callable:
+    """predict_noise(x_t, t, *context) of a loaded network, whatever that outputs."""
+    return PREDICTIONS[config["prediction"]](network, schedule)
+
+
+def default_model() -> str | Path:
+    return OWN_MODEL if OWN_MODEL.exists() else "cats"
+
+
+def find_model(name: str | Path) -> Path:
+    """A file, or the name of a ready model; for a folder or a typing error, a hint."""
+    path, ready = Path(name), {path.stem: path for path in sorted(PRETRAINED.glob("*.pt"))}
+    if path.is_file():
+        return path
+    if str(name) in ready:
+        return ready[str(name)]
+    near = difflib.get_close_matches(str(name), ready, n=1)
+    hint = f"did you mean {near[0]}?" if near else ""
+    if (path / "model.pt").is_file():
+        hint = f"did you mean {path / 'model.pt'}?"
+    if any((folder / "model_index.json").is_file() for folder in (path, PRETRAINED / name)):
+        hint = "use python -m latent_ext.generate for this one;"
+    raise UserError(
+        f"--model {name}: no such model file; {hint} ready models: {', '.join(ready) or 'none'}"
+    )
+
+
+def read(path: Path) -> object:
+    """torch.load without executing anything that a file may contain (weights_only)."""
+    verify_checksum(path)
+    with system_errors(path):
+        content = io.BytesIO(path.read_bytes())
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever its bytes lead to
+        raise UserError(f"{path}: expected a file of torch.save; this one is damaged") from error
 
 
 def write(path: Path, content: object) -> None:
     """torch.save, all or nothing."""
-    try:
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            torch.save(content, file)
-    except RuntimeError as error:
-        if "inline_container" in str(error) or "failed writing" in str(error):  # how PyTorch's zip writer says it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        raise
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def verify_checksum(path: Path) -> None:
+    """A ready model is the very file that models/SHA256SUMS lists, or it is refused."""
+    path = path.resolve()
+    if PRETRAINED not in path.parents or not path.is_file():
+        return
+    lines = (PRETRAINED / "SHA256SUMS").read_text("utf-8").splitlines()
+    listed = {name: checksum for checksum, name in (line.split(maxsplit=1) for line in lines)}
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()
+    if listed.get(path.relative_to(PRETRAINED).as_posix(), checksum) != checksum:
+        raise UserError(
+            f"{path}: this is not the ready model that models/SHA256SUMS lists; `git checkout` "
+            "brings that one back, a model of your own belongs elsewhere"
+        )
