@@ -61,7 +61,7 @@ def export_latent_cats() -> dict:
         "shape": z.shape[1:],
         "size": pipeline.size,
         "schedule": {"name": pipeline.schedule.name, "T": pipeline.schedule.T},
-        "prediction": pipeline.prediction,
+        "prediction": "v",
         "attributes": ATTRIBUTES,
         "vocabulary": vocabulary,
         "length": tokenizer.length,
@@ -114,7 +114,10 @@ def export(name: str, network: nn.Module, inputs: dict[str, Tensor], high: int =
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
-        "inputs": {name: value.shape for name, value in inputs.items()},
+        "inputs": {
+            name: {"type": str(value.dtype).removeprefix("torch."), "shape": value.shape}
+            for name, value in inputs.items()
+        },
         "output": network(*map(example, inputs.values())).flatten()[:8].tolist(),
     }
 
