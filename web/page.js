@@ -2,18 +2,24 @@
 
 import * as s from "./sampler.js";
 
-const LOCAL = "node_modules/onnxruntime-web/dist/"; // of `npm install` in this folder
-const CDN = (version) => `https://cdn.jsdelivr.net/npm/onnxruntime-web@${version}/dist/`;
 const $ = (selector, root = document) => root.querySelector(selector);
 const say = (text) => ($("#status").textContent = text);
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const { forms } = document;
 
 // ---- The models ----------------------------------------------------------------------------
 
+const runtimes = {};
+const models = {};
+let json; // models.json
+const NPM = "node_modules/onnxruntime-web/dist/"; // of `npm install` in this folder
+const CDN = "https://cdn.jsdelivr.net/npm/onnxruntime-web@VERSION/dist/";
 const progress = { loaded: 0, total: 0 };
+
 /** Bytes that have arrived, and bytes that are expected. */
-function count(loaded, total = 0) {
+function count(loaded, total) {
   progress.loaded += loaded;
   progress.total += total;
   const [bar, megabytes] = [$("progress"), (bytes) => (bytes / 1e6).toFixed(1)];
@@ -21,34 +27,32 @@ function count(loaded, total = 0) {
   say(`Loading: ${megabytes(progress.loaded)} of ${megabytes(progress.total)} MB`);
 }
 
-async function get(url) {
-  const response = await fetch(url);
-  if (!response.ok) throw Error(`${url} is missing: run python web/export.py, then reload.`);
-  return response;
+/** A file from the first of the folders that has it, counted as it arrives. */
+async function download({ file, bytes, integrity }, folders, otherwise) {
+  count(0, bytes);
+  for (const folder of folders) {
+    const response = await fetch(folder + file, { integrity }).catch(() => ({ ok: false }));
+    if (!response.ok) continue;
+    const transform = (chunk, controller) => {
+      count(chunk.length, 0);
+      controller.enqueue(chunk);
+    };
+    const counted = response.body.pipeThrough(new TransformStream({ transform }));
+    return new Response(counted).arrayBuffer();
+  }
+  throw Error(`${file} is missing: ${otherwise}`);
 }
 
-async function download({ file }) {
-  const [reader, chunks] = [(await get(`models/${file}`)).body.getReader(), []];
-  for (let chunk; !(chunk = await reader.read()).done; count(chunk.value.length))
-    chunks.push(chunk.value);
-  return new Uint8Array(await new Blob(chunks).arrayBuffer());
-}
-
-/** ONNX Runtime Web from the first source that has it; its hashes are checked. */
+/** ONNX Runtime Web, if it has the hashes of runtime.json. */
 async function loadRuntime(kind) {
-  const { version, [kind]: files } = await (await get("runtime.json")).json();
-  const load = async ({ file, bytes, integrity }) => {
-    count(0, bytes);
-    for (const source of location.protocol === "https:" ? [CDN(version)] : [LOCAL, CDN(version)]) {
-      const response = await fetch(source + file, { integrity }).catch(() => ({ ok: false }));
-      if (response.ok) return response.blob().finally(() => count(bytes));
-    }
-    throw Error(`${file} is missing: connect to the internet, or run npm install in web/.`);
-  };
+  const { version, [kind]: files } = json.runtime;
+  const folders = [NPM, CDN.replace("VERSION", version)].slice(location.protocol === "https:");
+  const otherwise = "connect to the internet, or run npm install in web/.";
+  const load = (file) => download(file, folders, otherwise);
   const [code, binary] = await Promise.all(files.map(load));
-  const ort = await import(URL.createObjectURL(code.slice(0, code.size, "text/javascript")));
+  const ort = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
   ort.env.wasm.numThreads = 1; // more would need headers that static hosting does not send
-  ort.env.wasm.wasmBinary = await binary.arrayBuffer();
+  ort.env.wasm.wasmBinary = binary;
   return ort;
 }
 
@@ -57,56 +61,51 @@ let running = Promise.resolve(); // the runtime allows one network call at a tim
 /** An ONNX file as a function of arrays, after a check that it computes what PyTorch does. */
 async function makeNetwork(ort, kind, bytes, { file, inputs, output }) {
   const session = await ort.InferenceSession.create(bytes, { executionProviders: [kind] });
-  const tensor = ({ type, shape }, x) =>
-    new ort.Tensor(type, type === "int64" ? BigInt64Array.from(x, BigInt) : x, shape);
+  const shapes = Object.entries(inputs);
   const network = (...values) => {
-    const feeds = Object.entries(inputs).map(([name, like], i) => [name, tensor(like, values[i])]);
+    const tensor = (value, shape) => new ort.Tensor("float32", Float32Array.from(value), shape);
+    const feeds = shapes.map(([name, shape], i) => [name, tensor(values[i], shape)]);
     const call = async () => (await session.run(Object.fromEntries(feeds))).output.data;
     return (running = running.catch(() => {}).then(call));
   };
-  const example = ({ type, shape }) => {
-    const length = shape.reduce((a, b) => a * b);
-    return Float32Array.from({ length }, (_, i) => (type === "int64" ? 1 : Math.sin(i)));
-  };
-  const answer = await network(...Object.values(inputs).map(example));
+  const sines = ([, shape]) => Array.from({ length: product(shape) }, (_, i) => Math.sin(i));
+  const answer = await network(...shapes.map(sines));
   if (!output.every((expected, i) => Math.abs(expected - answer[i]) < 0.02))
     throw Error(`${file} computes wrong numbers on this device (${kind}).`);
   return network;
 }
 
 /** What models.json says of a model, with its schedule, its networks and its predictNoise. */
-async function loadModel(config, runtime, kind) {
-  const model = { ...config, schedule: s.NoiseSchedule.named(config.schedule.name, config.schedule.T) };
-  const [names, files] = [Object.keys(config.networks), Object.values(config.networks)];
-  count(0, sum(files.map(({ bytes }) => bytes)));
-  const bytes = await Promise.all(files.map(download));
-  for (const [i, name] of names.entries())
-    model[name] = await makeNetwork(await runtime, kind, bytes[i], files[i]);
+async function loadModel(name, kind) {
+  const model = { ...json[name] };
+  runtimes[kind] ??= loadRuntime(kind);
+  const files = Object.values(model.networks);
+  const load = (file) => download(file, ["models/"], "run python web/export.py, then reload.");
+  const [ort, ...bytes] = await Promise.all([runtimes[kind], ...files.map(load)]);
+  for (const [i, part] of Object.keys(model.networks).entries())
+    model[part] = await makeNetwork(ort, kind, bytes[i], files[i]);
+  model.schedule = s.NoiseSchedule[model.schedule.name](model.schedule.T);
   model.network = (x_t, t, ...context) => model.unet(x_t, [t], ...context);
-  const wrap = { v: s.noiseFromV, velocity: s.noiseFromVelocity, noise: (network) => network };
-  model.predictNoise = wrap[config.prediction](model.network, model.schedule);
-  model.size = config.shape.reduce((a, b) => a * b);
+  model.predictNoise = s.noiseFromV(model.network, model.schedule);
   $("progress").hidden = true;
   say(`Ready. The network runs on ${kind === "wasm" ? "one core of your CPU" : "your GPU"}.`);
   return model;
 }
 
-/** The first model, and loadLatent() for the second one, on the GPU if that works. */
-async function loadAll() {
+/** A model by its name: loaded once, on the GPU if that works. */
+const load = (name) => (models[name] ??= tryAll(name));
+
+async function tryAll(name) {
   if (!globalThis.WebAssembly)
-    throw Error("This browser cannot run the network: it has no WebAssembly, or has it off.");
-  const configs = await (await get("models/models.json")).json();
-  for (const form of [forms.ask, forms.edit]) makeSentence(form, configs["latent-cats"].attributes);
-  const gpu = location.search !== "?wasm" && (await navigator.gpu?.requestAdapter().catch(() => 0));
-  for (const kind of gpu ? ["webgpu", "wasm"] : ["wasm"])
+    throw Error("This browser cannot run the network: it has no WebAssembly, or it is turned off.");
+  const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
+  for (const kind of gpu ? ["webgpu"] : [])
     try {
-      const runtime = loadRuntime(kind);
-      const model = await loadModel(configs.cats, runtime, kind);
-      let latent;
-      return { model, loadLatent: () => (latent ??= loadModel(configs["latent-cats"], runtime, kind)) };
-    } catch (error) {
-      if (kind === "wasm") throw error;
+      return await loadModel(name, kind);
+    } catch {
+      say("WebGPU does not work here. Trying without it.");
     }
+  return loadModel(name, "wasm");
 }
 
 // ---- What is shown -------------------------------------------------------------------------
@@ -128,9 +127,8 @@ const latents = (z) => // four channels of 16x16, one in each quarter
 
 /** Rows of canvases with a column for each image; play and scrub through the steps. */
 class Player {
-  constructor(section, rows, columns, onShow = () => {}) {
+  constructor(root, rows, columns, onShow = () => {}) {
     Object.assign(this, { rows, onShow, frames: Array.from({ length: columns }, () => []) });
-    const root = $(`${section} .player`);
     const canvases = (size) => `<canvas width="${size}" height="${size}"></canvas>`.repeat(columns);
     const line = ({ label, size }) => `<div><span>${label}</span>${canvases(size)}</div>`;
     root.innerHTML = `<div class="rows">${rows.map(line).join("")}</div>
@@ -150,10 +148,9 @@ class Player {
     [this.playing, this.slider.max] = [false, steps];
   }
 
-  /** A new frame of a column; shown is every one, or every fourth. */
-  async add(frame, column, every = 1) {
-    const k = this.frames[column].push(frame) - 1;
-    if (k % every === 0 || frame.t === -1) await this.show(k, [column]);
+  /** A new frame of a column, shown at once. */
+  add(frame, column) {
+    return this.show(this.frames[column].push(frame) - 1, [column]);
   }
 
   async show(k, columns = this.frames.keys()) {
@@ -176,7 +173,7 @@ class Player {
     this.playing = !this.playing;
     while (this.playing && Number(slider.value) < slider.max) {
       await this.show(Number(slider.value) + 1);
-      await new Promise((resolve) => setTimeout(resolve, 60));
+      await pause(60);
     }
     this.playing = false;
     await this.show(Number(slider.value));
@@ -213,37 +210,32 @@ function equation({ t, t_prev }, { alphaBar }, eta) {
     + ${n(sigma)} z <i>(9, 10)</i>`;
 }
 
-/** The values of a form by their names. */
-function read(form) {
-  const value = (input) =>
-    input.type === "checkbox" ? input.checked
-      : /number|range/.test(input.type) ? Number(input.value)
-        : input.value;
-  return Object.fromEntries([...form.elements].map((input) => [input.name, value(input)]));
-}
+/** The values of a form by their names; of the switches only those that are on. */
+const read = (form) =>
+  Object.fromEntries(
+    [...new FormData(form)].map(([name, x]) => [name, x === "" || isNaN(x) ? x : Number(x)]),
+  );
 
 let current = 0;
 /** Do `work`, which stops at `proceed()` when newer work has begun; say what went wrong. */
 async function run(work) {
   const [mine, stopped] = [++current, Error("stopped")];
   const proceed = async () => {
-    await new Promise((resolve) => setTimeout(resolve)); // let the browser draw and take clicks
+    await pause(0); // let the browser draw and take clicks
     if (mine !== current) throw stopped;
   };
   await work(proceed).catch((error) => {
     if (error === stopped) return;
     say(error.message);
-    $("progress").hidden = true;
-    console.error(error);
+    throw error;
   });
 }
 
 // ---- 1. Draw -------------------------------------------------------------------------------
 
-const models = loadAll();
 const CATS = 4;
 const cats = new Player(
-  "#draw",
+  $("#cats"),
   [
     { label: "x<sub>t</sub>: what the network sees", size: 32, image: (f) => rgb(f.x_t, 32) },
     { label: "noise: what it predicts", size: 32, image: (f) => faint(rgb(f.noise, 32)) },
@@ -252,13 +244,13 @@ const cats = new Player(
   CATS,
   (k) => {
     const frame = cats.frames[0][k];
-    if (frame) $(".equation").innerHTML = equation(frame, cats.schedule, cats.settings.eta);
+    if (frame) $("#equation").innerHTML = equation(frame, cats.schedule, cats.settings.eta);
   },
 );
 
 /** Four cats, one after the other, so that the first one is there early; with or without bugs. */
 async function drawCats(player, settings, bugs, proceed) {
-  const { model } = await models;
+  const model = await load("cats");
   const { schedule } = model;
   const { seed, steps, eta } = Object.assign(player, { settings, schedule }).settings;
   let timesteps = s.timestepPairs(schedule.T, steps);
@@ -274,7 +266,7 @@ async function drawCats(player, settings, bugs, proceed) {
       bugs.last && t_prev === -1 ? x.map((x) => x + sigma * generator.normal()) : x;
     const options = { eta, timesteps, clipX0: !bugs.clip, generator, onStep };
     const predictNoise = bugs.v ? model.network : model.predictNoise;
-    await record(predictNoise, generator.randn(model.size), schedule, options, async (frame) => {
+    await record(predictNoise, generator.randn(product(model.shape)), schedule, options, async (frame) => {
       await proceed();
       await player.add(frame, column);
     });
@@ -290,7 +282,7 @@ forms.draw.onsubmit = () =>
 // ---- 2. Break it ---------------------------------------------------------------------------
 
 const broken = new Player(
-  "#break",
+  $("#broken"),
   [
     { label: "right", size: 32, image: (_, i, k) => rgb(cats.frames[i][k].x_t, 32) },
     { label: "broken", size: 32, image: (f) => rgb(f.x_t, 32) },
@@ -302,46 +294,39 @@ async function drawBroken(proceed) {
   const { settings } = cats;
   if (cats.frames[CATS - 1].length <= settings.steps) await drawCats(cats, settings, {}, proceed);
   await drawCats(broken, settings, read(forms.break), proceed);
-  const [right, wrong] = [cats, broken].map((player) =>
-    player.frames.flatMap((frames) => [...frames.at(-1).x0]),
-  );
-  const difference = Math.sqrt(sum(right.map((x0, i) => (x0 - wrong[i]) ** 2)) / right.length);
-  $("#break .result").textContent =
-    `Difference between right and broken: ${difference.toFixed(3)} ` +
-    "(root mean square; pixels range from −1 to 1).";
 }
 
 forms.break.onchange = () => run(drawBroken);
 
 // ---- 3. Ask --------------------------------------------------------------------------------
 
-const LATENT_ROWS = [
-  { label: "x<sub>t</sub>: four channels of latents", size: 32, image: (f) => latents(f.x_t) },
-  { label: "x0: the latents it believes in", size: 32, image: (f) => latents(f.x0) },
-  { label: "x0, decoded", size: 64, image: async (f) => rgb((f.image ??= await f.decode()), 64) },
-];
-const asked = new Player("#ask", LATENT_ROWS, 1);
-const edited = new Player("#edit", LATENT_ROWS, 1);
+const text = new Player(
+  $("#text"),
+  [
+    { label: "x<sub>t</sub>: four channels of latents", size: 32, image: (f) => latents(f.x_t) },
+    { label: "x0: the latents it believes in", size: 32, image: (f) => latents(f.x0) },
+    { label: "x0, decoded", size: 64, image: async (f) => rgb((f.image ??= await f.decode()), 64) },
+  ],
+  1,
+);
 
-function makeSentence(form, { fur, pattern, eyes, background }) {
-  const select = (name, words) =>
-    `<select name="${name}" aria-label="${name}">` +
-    `${words.map((word) => `<option>${word}</option>`).join("")}</select>`;
-  $(".sentence", form).innerHTML =
-    `a ${select("fur", fur)} ${select("pattern", pattern)} cat ` +
-    `with ${select("eyes", [...eyes, "any"])} eyes ` +
-    `on a ${select("background", [...background, "any"])} background`;
+function makeSentence({ fur, pattern, eyes, background }) {
+  const select = (name, words) => {
+    const options = words.map((word) => `<option>${word}</option>`).join("");
+    return `<select name="${name}" aria-label="${name}">${options}</select>`;
+  };
+  $("#sentence").innerHTML = `a ${select("fur", fur)} ${select("pattern", pattern)} cat
+    with ${select("eyes", [...eyes, "any"])} eyes
+    on a ${select("background", [...background, "any"])} background`;
 }
 
 /** The sentence as the captions of the training data have it. */
-function prompt(form) {
-  const { fur, pattern, eyes, background } = read(form);
-  const words = [/^[aeiou]/.test(fur) ? "an" : "a", fur];
-  if (pattern !== "plain") words.push(pattern);
-  words.push("cat");
-  if (eyes !== "any") words.push(`with ${eyes} eyes`);
-  if (background !== "any") words.push(`on a ${background} background`);
-  return words.join(" ");
+function prompt({ fur, pattern, eyes, background }) {
+  const article = /^[aeiou]/.test(fur) ? "an" : "a";
+  return `${article} ${fur} ${pattern} cat with ${eyes} eyes on a ${background} background`
+    .replace(" plain", "")
+    .replace(" with any eyes", "")
+    .replace(" on a any background", "");
 }
 
 /** Words -> numbers, START ... END, filled up with END: the Tokenizer of latent_ext/clip.py. */
@@ -354,62 +339,51 @@ function tokenize(text, { vocabulary, length, start, end, unknown }) {
 }
 
 /** text_to_image of latent_ext/pipeline.py; image_to_image with a start, inpaint with a mask. */
-async function drawText(player, text, proceed, start, strength = 1, mask = null) {
-  const model = await (await models).loadLatent();
-  const { guidance, negative, steps, seed } = read(forms.ask);
-  const context = await model.text_encoder(tokenize(text, model));
+async function drawText(proceed, start, strength, mask) {
+  const model = await load("latent-cats");
+  const { guidance, negative, steps, seed, ...words } = read(forms.ask);
+  const context = await model.text_encoder(tokenize(prompt(words), model));
   const nullContext = await model.text_encoder(tokenize(negative, model));
   const predictNoise = s.guided(model.predictNoise, context, nullContext, guidance);
   const generator = new s.Generator(seed);
-  const noise = generator.randn(model.size);
+  const noise = generator.randn(product(model.shape));
   const pairs = s.timestepPairs(model.schedule.T, steps);
   const timesteps = pairs.slice(steps - Math.trunc(steps * strength));
   const noised = (t) => (t === -1 ? start.z : s.addNoise(start.z, t, model.schedule, noise));
-  const inside = (i, scale) =>
-    !mask || mask[(Math.floor(i / (16 * scale ** 2)) % 16) * 16 + (Math.floor(i / scale) % 16)];
+  const inside = (i, scale) => // is this number of (4, 16, 16), or of (3, 64, 64), in the mask?
+    mask[(Math.floor(i / (16 * scale ** 2)) % 16) * 16 + (Math.floor(i / scale) % 16)];
   const onStep = (z, t_prev) => {
-    const outside = mask && noised(t_prev);
+    const outside = start && noised(t_prev);
     return z.map((z, i) => (inside(i, 1) ? z : outside[i]));
   };
   const decode = async (z) =>
     (await model.vae_decoder(z)).map((pixel, i) => (inside(i, 4) ? pixel : start.image[i]));
-  player.begin(timesteps.length);
+  text.begin(timesteps.length);
   const x = strength === 1 ? noise : noised(timesteps[0]?.[0] ?? -1);
   const options = { timesteps, generator, onStep };
   const z = await record(predictNoise, x, model.schedule, options, async (frame) => {
     await proceed();
-    await player.add({ ...frame, decode: () => decode(frame.x0) }, 0, 4);
+    await text.add({ ...frame, decode: () => decode(frame.x0) }, 0);
   });
-  return { z, image: player.frames[0].at(-1).image };
+  return { z, image: text.frames[0].at(-1).image };
 }
-
-forms.ask.onsubmit = () =>
-  run(async (proceed) => {
-    const text = prompt(forms.ask);
-    $("#ask .result").textContent = `“${text}”`;
-    setStart(await drawText(asked, text, proceed));
-  });
 
 // ---- 4. Edit -------------------------------------------------------------------------------
 
+const ALL = new Uint8Array(16 * 16).fill(1); // a mask of the latents: each covers 4x4 pixels
+const mask = new Uint8Array(16 * 16);
 const canvas = $("figure canvas");
-const mask = new Uint8Array(16 * 16); // a number of the latents covers 4x4 pixels
 let brush = [8, 8]; // row, column
 let start, result; // {z, image}
 
-function setStart(drawn) {
-  start = drawn;
-  forms.edit.redraw.disabled = false;
-  mask.fill(0);
-  showStart();
-}
-
 function showStart() {
+  forms.ask.redraw.disabled = !start;
   if (start) put(canvas, rgb(start.image, 64));
   const context = canvas.getContext("2d");
   context.fillStyle = "rgb(255 255 255 / 65%)";
   mask.forEach((painted, i) => painted && context.fillRect((i % 16) * 4, (i >> 4) * 4, 4, 4));
-  if (document.activeElement === canvas) context.strokeRect(brush[1] * 4 - 4, brush[0] * 4 - 4, 12, 12);
+  const [y, x] = brush.map((place) => place * 4 - 4);
+  if (document.activeElement === canvas) context.strokeRect(x, y, 12, 12);
 }
 
 function paint() {
@@ -433,17 +407,23 @@ canvas.onkeydown = (event) => {
   showStart();
 };
 canvas.onfocus = canvas.onblur = showStart;
-forms.edit.clear.onclick = () => showStart(mask.fill(0));
-forms.edit.keep.onclick = () => setStart(result);
-forms.edit.onsubmit = () =>
+
+function setStart(drawn) {
+  start = drawn;
+  mask.fill(0);
+  showStart();
+}
+forms.ask.clear.onclick = () => setStart(start);
+forms.ask.keep.onclick = () => setStart(result);
+forms.ask.onsubmit = ({ submitter }) =>
   run(async (proceed) => {
-    const { strength } = read(forms.edit);
-    const area = mask.includes(1) ? mask.slice() : null;
-    result = await drawText(edited, prompt(forms.edit), proceed, start, strength, area);
-    forms.edit.keep.disabled = false;
+    const { strength } = read(forms.ask);
+    const area = mask.includes(1) ? mask.slice() : ALL;
+    if (submitter.name === "redraw") result = await drawText(proceed, start, strength, area);
+    else setStart((result = await drawText(proceed, null, 1, ALL)));
   });
 
-// ---- All forms -----------------------------------------------------------------------------
+// ---- Start ---------------------------------------------------------------------------------
 
 for (const input of document.querySelectorAll("form input[type=range]")) {
   const output = input.parentNode.appendChild(document.createElement("output"));
@@ -451,4 +431,10 @@ for (const input of document.querySelectorAll("form input[type=range]")) {
   input.oninput();
 }
 document.onsubmit = (event) => event.preventDefault();
-forms.draw.requestSubmit();
+run(async () => {
+  const response = await fetch("models/models.json");
+  if (!response.ok) throw Error("The models are missing: run python web/export.py, then reload.");
+  json = await response.json();
+  makeSentence(json["latent-cats"].attributes);
+  forms.draw.requestSubmit();
+});

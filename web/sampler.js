@@ -22,7 +22,7 @@ export class NoiseSchedule {
   }
 
   /** Stable Diffusion (Rombach et al. 2022, its code): sqrt(beta) grows linearly. */
-  static scaledLinear(T = 1000) {
+  static scaled_linear(T = 1000) {
     const roots = linspace(0.00085 ** 0.5, 0.012 ** 0.5, T);
     return NoiseSchedule.fromBetas("scaled_linear", roots.map((root) => root ** 2));
   }
@@ -55,11 +55,6 @@ export class NoiseSchedule {
   static fromAlphaBar(name, alphaBar) {
     return new NoiseSchedule(name, alphaBar.map((ab) => Math.max(ab, 1e-9))); // not 0: math.md (8)
   }
-
-  /** By its name in a model's configuration: "scaled_linear". */
-  static named(name, T) {
-    return NoiseSchedule[name.replace("_l", "L")](T);
-  }
 }
 
 const linspace = (start, end, n) =>
@@ -77,15 +72,6 @@ export function noiseFromV(network, schedule) {
     const ab = schedule.alphaBar[t];
     const v = await network(x_t, t, ...context);
     return x_t.map((x_t, i) => Math.sqrt(1 - ab) * x_t + Math.sqrt(ab) * v[i]); // math.md (11)
-  };
-}
-
-/** predictNoise of a network that outputs the velocity u = noise - x0 of flow matching. */
-export function noiseFromVelocity(network, schedule) {
-  return async (x_t, t, ...context) => {
-    const [signal, sigma] = [Math.sqrt(schedule.alphaBar[t]), Math.sqrt(1 - schedule.alphaBar[t])];
-    const u = await network(x_t, t, ...context);
-    return x_t.map((x_t, i) => (x_t + signal * u[i]) / (signal + sigma)); // math.md (20)
   };
 }
 
