@@ -1,4 +1,4 @@
-"""Draw images with a trained model: `python sample.py` makes a grid of cats (Algorithm 2 of DDPM)."""
+"""Draw images with a trained model: `python sample.py` makes a grid (Algorithm 2 of DDPM)."""
 
 import argparse
 from pathlib import Path
@@ -51,7 +51,8 @@ def main() -> None:
     size, shape = config["size"], (config["channels"], config["size"], config["size"])
     print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {config['data']}")
     predict_noise = predict_noise_of(network, schedule, config)
-    batches = torch.arange(args.seed, args.seed + args.n).split(BATCH)
+    seeds = range(args.seed, args.seed + args.n)
+    batches = [seeds[i : i + BATCH] for i in range(0, args.n, BATCH)]
     images, trajectory = [], []
     with tqdm(total=args.steps * len(batches), unit="step") as bar:
 
@@ -62,7 +63,7 @@ def main() -> None:
             return x
 
         options = {"steps": args.steps, "eta": args.eta, "clip_x0": True, "on_step": on_step}
-        for seeds in (batch.tolist() for batch in batches):
+        for seeds in batches:
             x0 = sample_seeds(predict_noise, shape, seeds, schedule, device, **options).cpu()
             if as_grid or args.gif:
                 images.append(x0)

@@ -51,7 +51,7 @@ def main() -> None:
         network, schedule, old = load_model(args.model)
         args.size, prediction = args.size or old["size"], old["prediction"]
     with first_process_first():
-        data = load_data(args.data, args.size, out=args.out)
+        data = load_data(args.data, args.size)
     if not args.model:
         schedule, prediction = SCHEDULES[args.schedule](), "v"
         network = UNet(data.channels, data.channels, **(LARGE if data.size >= 64 else {}))

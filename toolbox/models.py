@@ -64,6 +64,8 @@ def load_model(
 ) -> tuple[nn.Module, NoiseSchedule, dict]:
     """The network (of the class `make`), its schedule and configuration, by file or ready name."""
     path = find_model(name)
+    if path.is_dir():
+        raise UserError(f"{path}: use python -m latent_ext.generate for this one")
     content = read(path)
     if isinstance(content, dict) and "settings" in content:
         raise UserError(f"{path}: this file resumes a training; use the model.pt next to it")
@@ -137,9 +139,10 @@ def default_model() -> str | Path:
 
 
 def find_model(name: str | Path) -> Path:
-    """A file, or the name of a ready model; for a folder or a typing error, a hint."""
+    """A file, a pipeline's folder, or the name of either in PRETRAINED; for an error, a hint."""
     path, ready = Path(name), {path.stem: path for path in sorted(PRETRAINED.glob("*.pt"))}
-    if path.is_file():
+    ready |= {path.parent.name: path.parent for path in PRETRAINED.glob("*/model_index.json")}
+    if path.is_file() or (path / "unet").is_dir():
         return path
     if str(name) in ready:
         return ready[str(name)]
@@ -147,8 +150,6 @@ def find_model(name: str | Path) -> Path:
     hint = f"did you mean {near[0]}?" if near else ""
     if (path / "model.pt").is_file():
         hint = f"did you mean {path / 'model.pt'}?"
-    if any((folder / "model_index.json").is_file() for folder in (path, PRETRAINED / name)):
-        hint = "use python -m latent_ext.generate for this one;"
     raise UserError(
         f"--model {name}: no such model file; {hint} ready models: {', '.join(ready) or 'none'}"
     )
