@@ -51,7 +51,7 @@ def export_latent_cats() -> dict:
     pipeline = load(PRETRAINED / "latent-cats")
     encoder, unet, vae = pipeline.text_encoder, pipeline.unet, pipeline.vae
     tokenizer, T = pipeline.tokenizer, pipeline.schedule.T
-    size = pipeline.size // vae.downsampling
+    size = pipeline.size // pipeline.downsampling
     z = torch.zeros(1, vae.config["latent_channels"], size, size)
     tokens = tokenizer("")
     unet_inputs = {"x_t": z, "t": torch.zeros(1, dtype=torch.long), "context": encoder(tokens)}

@@ -132,7 +132,7 @@ class Player {
     const canvases = (size) => `<canvas width="${size}" height="${size}"></canvas>`.repeat(columns);
     const line = ({ label, size }) => `<div><span>${label}</span>${canvases(size)}</div>`;
     root.innerHTML = `<div class="rows">${rows.map(line).join("")}</div>
-      <div class="controls"><button type="button">Play</button>
+      <div class="player-controls"><button type="button">Play</button>
       <input type="range" value="0" max="0" aria-label="Step" /><output></output></div>`;
     this.canvases = [...$(".rows", root).children].map((row) => row.querySelectorAll("canvas"));
     [this.button, this.slider, this.text] = ["button", "input", "output"].map((tag) => $(tag, root));
@@ -332,8 +332,8 @@ function prompt({ fur, pattern, eyes, background }) {
 /** Words -> numbers, START ... END, filled up with END: the Tokenizer of latent_ext/clip.py. */
 function tokenize(text, { vocabulary, length, start, end, unknown }) {
   const words = text.toLowerCase().match(/[\p{L}\p{N}_]+|[^\p{L}\p{N}_\s]+/gu) ?? [];
-  const missing = words.filter((word) => !(word in vocabulary));
-  if (missing.length) say(`This model does not know: ${missing.join(", ")}`);
+  const strange = words.filter((word) => !(word in vocabulary));
+  $("#strange").textContent = strange.length ? `It does not know: ${strange.join(", ")}.` : "";
   const tokens = words.slice(0, length - 2).map((word) => vocabulary[word] ?? unknown);
   return [start, ...tokens, ...Array(length - 1 - tokens.length).fill(end)];
 }
@@ -425,7 +425,7 @@ forms.ask.onsubmit = ({ submitter }) =>
 
 // ---- Start ---------------------------------------------------------------------------------
 
-for (const input of document.querySelectorAll("form input[type=range]")) {
+for (const input of document.querySelectorAll("label input[type=range]")) {
   const output = input.parentNode.appendChild(document.createElement("output"));
   input.oninput = () => (output.textContent = input.value);
   input.oninput();
