@@ -38,6 +38,8 @@ def main() -> None:
 
 def export_cats() -> dict:
     network, schedule, config = load_model("cats")
+    if config["prediction"] != "v":
+        raise UserError("cats: expected a network that outputs v, as the page knows no other")
     shape = (config["channels"], config["size"], config["size"])
     inputs = {"x_t": torch.zeros(1, *shape), "t": torch.zeros(1, dtype=torch.long)}
     return {
@@ -49,6 +51,8 @@ def export_cats() -> dict:
 
 def export_latent_cats() -> dict:
     pipeline = load(PRETRAINED / "latent-cats")
+    if pipeline.prediction != "v_prediction":
+        raise UserError("latent-cats: expected a U-Net that outputs v, as the page knows no other")
     encoder, unet, vae = pipeline.text_encoder, pipeline.unet, pipeline.vae
     tokenizer, T = pipeline.tokenizer, pipeline.schedule.T
     size = pipeline.size // pipeline.downsampling
