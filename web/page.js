@@ -4,24 +4,23 @@ import * as s from "./sampler.js";
 
 const $ = (selector, root = document) => root.querySelector(selector);
 const say = (text) => ($("#status").textContent = text);
-const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const product = (numbers) => numbers.reduce((a, b) => a * b, 1);
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const { forms } = document;
 
 // ---- The models ----------------------------------------------------------------------------
 
-const runtimes = {};
-const models = {};
-let json; // models.json
 const NPM = "node_modules/onnxruntime-web/dist/"; // of `npm install` in this folder
 const CDN = "https://cdn.jsdelivr.net/npm/onnxruntime-web@VERSION/dist/";
-const progress = { loaded: 0, total: 0 };
+const [runtimes, models] = [{}, {}]; // promises, by name
+const progress = { loaded: 0, total: 0, failed: false };
+let json; // models.json
 
 /** Bytes that have arrived, and bytes that are expected. */
 function count(loaded, total) {
   progress.loaded += loaded;
   progress.total += total;
+  if (progress.failed) return;
   const [bar, megabytes] = [$("progress"), (bytes) => (bytes / 1e6).toFixed(1)];
   [bar.max, bar.value, bar.hidden] = [progress.total, progress.loaded, false];
   say(`Loading: ${megabytes(progress.loaded)} of ${megabytes(progress.total)} MB`);
@@ -46,9 +45,9 @@ async function download({ file, bytes, integrity }, folders, otherwise) {
 /** ONNX Runtime Web, if it has the hashes of runtime.json. */
 async function loadRuntime(kind) {
   const { version, [kind]: files } = json.runtime;
-  const folders = [NPM, CDN.replace("VERSION", version)].slice(location.protocol === "https:");
-  const otherwise = "connect to the internet, or run npm install in web/.";
-  const load = (file) => download(file, folders, otherwise);
+  const cdn = CDN.replace("VERSION", version);
+  const folders = location.protocol === "https:" ? [cdn] : [NPM, cdn];
+  const load = (file) => download(file, folders, "go online, or run npm install in web/.");
   const [code, binary] = await Promise.all(files.map(load));
   const ort = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
   ort.env.wasm.numThreads = 1; // more would need headers that static hosting does not send
@@ -99,13 +98,8 @@ async function tryAll(name) {
   if (!globalThis.WebAssembly)
     throw Error("This browser cannot run the network: it has no WebAssembly, or it is turned off.");
   const gpu = await navigator.gpu?.requestAdapter().catch(() => null);
-  for (const kind of gpu ? ["webgpu"] : [])
-    try {
-      return await loadModel(name, kind);
-    } catch {
-      say("WebGPU does not work here. Trying without it.");
-    }
-  return loadModel(name, "wasm");
+  const onCPU = () => loadModel(name, "wasm");
+  return gpu ? loadModel(name, "webgpu").catch(onCPU) : onCPU();
 }
 
 // ---- What is shown -------------------------------------------------------------------------
@@ -135,7 +129,8 @@ class Player {
       <div class="player-controls"><button type="button">Play</button>
       <input type="range" value="0" max="0" aria-label="Step" /><output></output></div>`;
     this.canvases = [...$(".rows", root).children].map((row) => row.querySelectorAll("canvas"));
-    [this.button, this.slider, this.text] = ["button", "input", "output"].map((tag) => $(tag, root));
+    const parts = ["button", "input", "output"].map((tag) => $(tag, root));
+    [this.button, this.slider, this.text] = parts;
     this.button.onclick = () => this.play();
     this.slider.oninput = () => {
       this.playing = false;
@@ -168,15 +163,15 @@ class Player {
   }
 
   async play() {
-    const { slider } = this;
-    if (slider.value === slider.max) slider.value = -1;
     this.playing = !this.playing;
-    while (this.playing && Number(slider.value) < slider.max) {
-      await this.show(Number(slider.value) + 1);
+    const end = Number(this.slider.max);
+    let k = this.slider.valueAsNumber % end; // from the end back to the beginning
+    for (; this.playing && k <= end; k++) {
+      await this.show(k);
       await pause(60);
     }
     this.playing = false;
-    await this.show(Number(slider.value));
+    await this.show(this.slider.valueAsNumber);
   }
 }
 
@@ -224,11 +219,17 @@ async function run(work) {
     await pause(0); // let the browser draw and take clicks
     if (mine !== current) throw stopped;
   };
-  await work(proceed).catch((error) => {
+  document.body.ariaBusy = true;
+  try {
+    await work(proceed);
+  } catch (error) {
     if (error === stopped) return;
+    progress.failed = true;
     say(error.message);
-    throw error;
-  });
+    console.error(error);
+  } finally {
+    if (mine === current) document.body.ariaBusy = false;
+  }
 }
 
 // ---- 1. Draw -------------------------------------------------------------------------------
@@ -266,7 +267,8 @@ async function drawCats(player, settings, bugs, proceed) {
       bugs.last && t_prev === -1 ? x.map((x) => x + sigma * generator.normal()) : x;
     const options = { eta, timesteps, clipX0: !bugs.clip, generator, onStep };
     const predictNoise = bugs.v ? model.network : model.predictNoise;
-    await record(predictNoise, generator.randn(product(model.shape)), schedule, options, async (frame) => {
+    const x = generator.randn(product(model.shape));
+    await record(predictNoise, x, schedule, options, async (frame) => {
       await proceed();
       await player.add(frame, column);
     });
@@ -291,7 +293,7 @@ const broken = new Player(
 );
 
 async function drawBroken(proceed) {
-  const { settings } = cats;
+  const { settings = read(forms.draw) } = cats;
   if (cats.frames[CATS - 1].length <= settings.steps) await drawCats(cats, settings, {}, proceed);
   await drawCats(broken, settings, read(forms.break), proceed);
 }
@@ -300,8 +302,8 @@ forms.break.onchange = () => run(drawBroken);
 
 // ---- 3. Ask --------------------------------------------------------------------------------
 
-const text = new Player(
-  $("#text"),
+const asked = new Player(
+  $("#asked"),
   [
     { label: "x<sub>t</sub>: four channels of latents", size: 32, image: (f) => latents(f.x_t) },
     { label: "x0: the latents it believes in", size: 32, image: (f) => latents(f.x0) },
@@ -343,7 +345,7 @@ async function drawText(proceed, start, strength, mask) {
   const model = await load("latent-cats");
   const { guidance, negative, steps, seed, ...words } = read(forms.ask);
   const context = await model.text_encoder(tokenize(prompt(words), model));
-  const nullContext = await model.text_encoder(tokenize(negative, model));
+  const nullContext = await model.text_encoder(tokenize(`${negative}`, model));
   const predictNoise = s.guided(model.predictNoise, context, nullContext, guidance);
   const generator = new s.Generator(seed);
   const noise = generator.randn(product(model.shape));
@@ -358,14 +360,14 @@ async function drawText(proceed, start, strength, mask) {
   };
   const decode = async (z) =>
     (await model.vae_decoder(z)).map((pixel, i) => (inside(i, 4) ? pixel : start.image[i]));
-  text.begin(timesteps.length);
+  asked.begin(timesteps.length);
   const x = strength === 1 ? noise : noised(timesteps[0]?.[0] ?? -1);
   const options = { timesteps, generator, onStep };
   const z = await record(predictNoise, x, model.schedule, options, async (frame) => {
     await proceed();
-    await text.add({ ...frame, decode: () => decode(frame.x0) }, 0);
+    await asked.add({ ...frame, decode: () => decode(frame.x0) }, 0);
   });
-  return { z, image: text.frames[0].at(-1).image };
+  return { z, image: asked.frames[0].at(-1).image };
 }
 
 // ---- 4. Edit -------------------------------------------------------------------------------
