@@ -62,7 +62,8 @@ def main() -> None:
         )
     config = model_config(network, schedule, data.size, data.name, prediction)
     example = torch.zeros(1, *data.images.shape[1:]), torch.zeros(1, dtype=torch.long)
-    run = start_run(args, args.out or Path("runs") / data.name, network, data, config, example)
+    folder, settings = args.out or Path("runs") / data.name, {"model": args.model}
+    run = start_run(args, folder, network, data, config, example, settings)
 
     predict_noise = PREDICTIONS[prediction](run.model, schedule)
     for x0 in run.batches():
@@ -149,7 +150,7 @@ def start_run(
     layout = torch.channels_last if args.device.type == "cuda" else torch.contiguous_format
     network.to(args.device, memory_format=layout)
     ema = copy.deepcopy(network).requires_grad_(False).eval()
-    settings = {"model": args.model, "images": len(data.images)} | (settings or {})
+    settings = {"images": len(data.images), "checksum": data.checksum} | (settings or {})
     numbers = args.steps, args.batch, args.seed, args.device, args.precision
     run = Run(folder, network, ema, make_optimizers(network), data, config, settings, *numbers)
 

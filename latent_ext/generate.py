@@ -93,8 +93,8 @@ def main() -> None:
     if args.init_image:
         start.append(read(args.init_image, args.size, pipeline.image_channels))
     if args.mask:
-        check_same_shape(args.init_image, args.mask)
         start.append(read(args.mask, args.size, 1) / 2 + 0.5)
+        check_same_shape(args.init_image, args.mask)
     draw = (text_to_image, image_to_image, inpaint)[len(start)]
 
     seeds = range(args.seed, args.seed + args.n)
