@@ -65,19 +65,19 @@ def files() -> list[str]:
 
 
 def blank(folder: Path, task: str) -> None:
-    """Take the body out of a function, but for its docstring; of `sample` only the four lines."""
+    """Take the body out of a function, but for its docstring; of `sample` only four lines."""
     file, name = task.split(":")
     source = (folder / file).read_text("utf-8")
     body = ast.parse(source).body
     for part in name.split("."):
         body = next(node for node in body if getattr(node, "name", None) == part).body
-    body = body[1:] if isinstance(body[0], ast.Expr) else body
-    if name == "sample":
+    parts, lines = [body[1:] if isinstance(body[0], ast.Expr) else body], source.splitlines()
+    if name == "sample":  # x0; and from sigma on to the fresh noise
         loop = next(node for node in body if isinstance(node, ast.For)).body
-        body = loop[3:-1]  # what comes between the predicted noise and on_step
-    lines, first = source.splitlines(), body[0]
-    todo = f'{" " * first.col_offset}raise NotImplementedError("homework: {name}")'
-    lines[first.lineno - 1 : body[-1].end_lineno] = [todo]
+        parts = [loop[-4:-1], loop[3:4]]
+    for part in parts:  # from the last one up: lines above keep their numbers
+        todo = f'{" " * part[0].col_offset}raise NotImplementedError("homework: {name}")'
+        lines[part[0].lineno - 1 : part[-1].end_lineno] = [todo]
     (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
 
 

@@ -3,6 +3,7 @@
 What an equation claims of code is proved where that code is tested; here is what lies between.
 """
 
+import itertools
 import math
 import re
 
@@ -33,6 +34,10 @@ def seeded(seed=0):
 
 def double(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
+
+
+def noise_to_signal(alpha_bar):
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
 
 # ---- one step, the bound, the loss ---------------------------------------------------------------
@@ -164,6 +169,38 @@ def test_the_best_answer_is_the_slope_of_the_log_density(data, t):
     torch.testing.assert_close(climbed, beta / 2 * slope, rtol=beta / (1 - ab), atol=1e-5)
 
 
+# ---- the curve -----------------------------------------------------------------------------------
+
+
+def test_a_step_at_eta_0_is_eulers():
+    """math.md (21), for any predicted noise and any stride."""
+    schedule, x, noise = NoiseSchedule.cosine(), POINTS, POINTS.flip(0)
+    ab = schedule.alpha_bar.double()
+    for t, t_prev in ((900, 875), (500, 3)):
+        stride = noise_to_signal(ab[t_prev]) - noise_to_signal(ab[t])
+        expected = ab[t_prev].sqrt() * (x / ab[t].sqrt() + noise * stride)
+        got = sample(lambda x, t: noise, x, schedule, eta=0, timesteps=[(t, t_prev)])
+        torch.testing.assert_close(got, expected)
+
+
+def test_twice_as_many_steps_leave_a_quarter_of_the_error():
+    """math.md (23), and half of it in the first order: the curve of N(0, 0.05) is known."""
+    schedule = NoiseSchedule("log-SNR 3 to -3", torch.linspace(3, -3, 6001).double().sigmoid())
+    variance = schedule.alpha_bar * 0.05 + 1 - schedule.alpha_bar  # of x_t
+
+    def predict_noise(x, t):
+        return (1 - schedule.alpha_bar[t]).sqrt() / variance[t] * x
+
+    def error(steps, order):
+        pairs = [*itertools.pairwise(range(6000, -1, -6000 // steps))]
+        x = double(1.0) * variance[-1].sqrt()
+        x = sample(predict_noise, x, schedule, timesteps=pairs, eta=0, order=order)
+        return abs(x.item() / variance[0].sqrt().item() - 1)
+
+    for order, ratio in ((1, 2), (2, 4)):
+        assert error(40, order) / error(80, order) == pytest.approx(ratio, rel=0.1)
+
+
 # ---- the second evening --------------------------------------------------------------------------
 
 
@@ -239,10 +276,6 @@ def ends(*names):
 
 def first_below(name, level=0.02):
     return int((ab(name, slice(None)) < level).nonzero()[0])
-
-
-def noise_to_signal(alpha_bar):
-    return ((1 - alpha_bar) / alpha_bar) ** 0.5
 
 
 def fresh(t, t_prev):
