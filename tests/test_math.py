@@ -414,7 +414,9 @@ def test_figures(words, compute, chance):
 
 def test_equations_name_code_and_tests_that_exist_and_the_code_names_equations():
     page = (ROOT / "docs/math.md").read_text("utf-8")
-    equations = re.findall(r"^\*\*\((\d+)\)\*\*(.*?)(?=\n\n)", page, flags=re.MULTILINE | re.DOTALL)
+    equations = re.findall(
+        r"^\*\*\((\d+)\)\*\*(.*?)(?=\n\n|\Z)", page, flags=re.MULTILINE | re.DOTALL
+    )
     numbers = [int(number) for number, _ in equations]
     assert numbers == list(range(1, len(numbers) + 1))
 
