@@ -21,11 +21,11 @@ from latent_ext.clip import CLIP, Tokenizer
 from latent_ext.data import unique_captions
 from latent_ext.generate import default_model, load_pipeline
 from latent_ext.pipeline import Pipeline, image_to_image, inpaint, text_to_image
-from processes import generators
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.device import pick_device
 from toolbox.files import user_errors
 from toolbox.images import save_plot, to_image
+from toolbox.seeds import generators
 
 PROMPTS = [
     "an orange tabby cat with green eyes on a blue background",
