@@ -21,7 +21,9 @@ def left_out(labels: Tensor) -> Tensor:
 
 
 def select(data: Data, wanted: Tensor) -> Data:
-    captions = [caption for caption, keep in zip(data.captions, wanted.tolist(), strict=True) if keep]
+    captions = [
+        caption for caption, keep in zip(data.captions, wanted.tolist(), strict=True) if keep
+    ]
     return replace(data, images=data.images[wanted], labels=data.labels[wanted], captions=captions)
 
 
@@ -36,9 +38,15 @@ def phrasings(captions: Sequence[str]) -> tuple[list[str], Tensor]:
         if caption not in known:
             head, *clauses = re.split(r" (?=with |on )", caption)
             said = [caption]
-            for kept in range(2 ** min(len(clauses), 2) - 1):  # its binary digits say which clauses stay
-                said.append(" ".join([head, *(clause for i, clause in enumerate(clauses) if kept >> i & 1)]))
-            known[caption] = [texts.setdefault(said[i % len(said) if i >= 4 else 0], len(texts)) for i in range(8)]
+            for kept in range(
+                2 ** min(len(clauses), 2) - 1
+            ):  # its binary digits say which clauses stay
+                said.append(
+                    " ".join([head, *(clause for i, clause in enumerate(clauses) if kept >> i & 1)])
+                )
+            known[caption] = [
+                texts.setdefault(said[i % len(said) if i >= 4 else 0], len(texts)) for i in range(8)
+            ]
         rows.append(known[caption])
     return list(texts), torch.tensor(rows)
 
@@ -50,7 +58,9 @@ class Latents(Data):
     mirrored: Tensor | None = None
 
     def batch(self, chosen: Tensor, mirrored: Tensor) -> Tensor:
-        return torch.where(mirrored[:, None, None, None], self.mirrored[chosen], self.images[chosen])
+        return torch.where(
+            mirrored[:, None, None, None], self.mirrored[chosen], self.images[chosen]
+        )
 
 
 @torch.no_grad()
@@ -67,4 +77,12 @@ def encode(vae: VAE, data: Data) -> Latents:
             means[flip].append(vae.encode(x)[0].cpu())
     images, mirrored = torch.cat(means[False]), torch.cat(means[True])
     vae.scale = 1 / images.std().item()  # Rombach et al. 2022, appendix G
-    return Latents(data.name, images * vae.scale, data.classes, data.labels, data.captions, data.mirror, mirrored * vae.scale)
+    return Latents(
+        data.name,
+        images * vae.scale,
+        data.classes,
+        data.labels,
+        data.captions,
+        data.mirror,
+        mirrored * vae.scale,
+    )

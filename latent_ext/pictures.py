@@ -41,18 +41,31 @@ PROMPTS = [
 
 
 @torch.no_grad()
-def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path, n: int = 10) -> None:
+def plot_similarity(
+    network: CLIP, tokenizer: Tokenizer, data: Data, path: Path, n: int = 10
+) -> None:
     """How well each of n pictures fits the caption of each: the cosines that CLIP has learned to make large on the diagonal."""
     captions = list(dict.fromkeys(data.captions))[:n]
     images = data.images[[data.captions.index(caption) for caption in captions]]
     device = network.sharpness.device
-    cosines = network.images(from_bytes(images).to(device)) @ network.texts(tokenizer(captions).to(device)).T
+    cosines = (
+        network.images(from_bytes(images).to(device))
+        @ network.texts(tokenizer(captions).to(device)).T
+    )
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     axes.imshow(cosines.T.cpu().numpy(), vmin=-1, vmax=1, cmap="RdBu")
     for column in range(len(captions)):
         for row in range(len(captions)):
             colour = "white" if cosines[column, row].abs() > 0.7 else "black"
-            axes.text(column, row, f"{cosines[column, row]:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            axes.text(
+                column,
+                row,
+                f"{cosines[column, row]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=colour,
+            )
         corner = axes.inset_axes([column - 0.45, -1.55, 0.9, 0.9], transform=axes.transData)
         corner.imshow(to_image(from_bytes(images[column])))
         corner.axis("off")
@@ -76,16 +89,26 @@ def main() -> None:
     drawn = text_to_image(pipeline, PROMPTS, generator=seeds(len(PROMPTS)), **HOW)
     panels([*drawn.split(6)], args.out / "text.png", titles=[PROMPTS[:6], PROMPTS[6:]])
     show_latents(pipeline, x0, args.out / "latents.png")
-    show_attention(pipeline, "an orange tabby cat with green eyes on a pink background", args.out / "attention.png")
+    show_attention(
+        pipeline,
+        "an orange tabby cat with green eyes on a pink background",
+        args.out / "attention.png",
+    )
 
     cat = "a black patched cat with yellow eyes on a blue background"
     scales = (0, 1, 2, 3, 5, 10)
-    rows = [text_to_image(pipeline, [cat] * 8, generator=seeds(8), **HOW | {"guidance": scale}) for scale in scales]
+    rows = [
+        text_to_image(pipeline, [cat] * 8, generator=seeds(8), **HOW | {"guidance": scale})
+        for scale in scales
+    ]
     panels(rows, args.out / "guidance.png", [f"guidance {scale}" for scale in scales])
 
     strengths = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     how = [{"strength": strength} | HOW for strength in strengths]
-    made = [x0[:4], *(image_to_image(pipeline, [cat] * 4, x0[:4], generator=seeds(4), **one) for one in how)]
+    made = [
+        x0[:4],
+        *(image_to_image(pipeline, [cat] * 4, x0[:4], generator=seeds(4), **one) for one in how),
+    ]
     titles = [["the input", *(f"strength {strength}" for strength in strengths)], *[[""] * 7] * 3]
     panels([*torch.stack(made, dim=1)], args.out / "strength.png", titles=titles)
 
@@ -96,7 +119,11 @@ def main() -> None:
     first, hole = (x.expand(len(heads), -1, -1, -1) for x in (x0[1:2], mask))
     made = inpaint(pipeline, heads, first, hole, generator=seeds(len(heads)), **HOW)
     seen = torch.where(mask.to(x0) > 0, torch.ones_like(first), first)
-    panels([[first[0], seen[0], *made]], args.out / "inpainting.png", titles=[["the input", "white: repainted", *heads]])
+    panels(
+        [[first[0], seen[0], *made]],
+        args.out / "inpainting.png",
+        titles=[["the input", "white: repainted", *heads]],
+    )
 
 
 def seeds(n: int) -> list[torch.Generator]:
@@ -124,19 +151,29 @@ def show_attention(pipeline: Pipeline, prompt: str, path: Path) -> None:
 
     def record(module: Attention, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
         sides = module.q(inputs[0]), module.k(inputs[1])
-        q, k = (rearrange(side, "b n (heads d) -> b heads n d", heads=module.heads) for side in sides)
-        seen.append((q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)[-1])  # (pixels, tokens)
+        q, k = (
+            rearrange(side, "b n (heads d) -> b heads n d", heads=module.heads) for side in sides
+        )
+        seen.append(
+            (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3).mean(1)[-1]
+        )  # (pixels, tokens)
 
-    blocks = [module for module in pipeline.unet.modules() if isinstance(module, SpatialTransformer)]
+    blocks = [
+        module for module in pipeline.unet.modules() if isinstance(module, SpatialTransformer)
+    ]
     hooks = [block.attn2.register_forward_hook(record) for block in blocks]
     picture = text_to_image(pipeline, [prompt], generator=seeds(1), **HOW)
     for hook in hooks:
         hook.remove()
     sharpest = max(len(maps) for maps in seen)
-    maps = torch.stack([maps for maps in seen if len(maps) == sharpest]).mean(0).T  # (tokens, pixels)
+    maps = (
+        torch.stack([maps for maps in seen if len(maps) == sharpest]).mean(0).T
+    )  # (tokens, pixels)
     side = int(sharpest**0.5)
     words = prompt.split()
-    maps = maps[1 : 1 + len(words)] / maps[1 : 1 + len(words)].mean(0)  # without START and what comes after the text
+    maps = maps[1 : 1 + len(words)] / maps[1 : 1 + len(words)].mean(
+        0
+    )  # without START and what comes after the text
     columns, names = [picture[0]], ["the picture"]
     for i, word in enumerate(words):
         if word not in ("a", "an", "with", "on"):
@@ -148,10 +185,14 @@ def show_attention(pipeline: Pipeline, prompt: str, path: Path) -> None:
     panels([columns], path, titles=[names])
 
 
-def panels(rows: list, path: Path, names: Sequence[str] = (), titles: Sequence[Sequence[str]] = ()) -> None:
+def panels(
+    rows: list, path: Path, names: Sequence[str] = (), titles: Sequence[Sequence[str]] = ()
+) -> None:
     """Rows of pictures (3, H, W) in [-1, 1]; names: one beside each row; titles: for each row one above each picture."""
     wide, high = max(len(row) for row in rows), 1.9 if titles else 1.35
-    figure, axes = plt.subplots(len(rows), wide, figsize=(1.4 * wide, high * len(rows)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), wide, figsize=(1.4 * wide, high * len(rows)), layout="constrained", squeeze=False
+    )
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             axes[y, x].imshow(to_image(picture))

@@ -41,33 +41,56 @@ UNTOLD = 10  # one picture in so many is learned without its condition, which gu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["classes", "vae", "clip", "unet", "all"])
-    parser.add_argument("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of pictures")
-    parser.add_argument("--out", type=Path, help="where the result goes (default: runs/DATA-classes, runs/DATA-latent)")
-    parser.add_argument("--size", type=int, help="pixels (default: classes: the data's own; else 64)")
+    parser.add_argument(
+        "--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of pictures"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where the result goes (default: runs/DATA-classes, runs/DATA-latent)",
+    )
+    parser.add_argument(
+        "--size", type=int, help="pixels (default: classes: the data's own; else 64)"
+    )
     parser.add_argument("--steps", type=int, help=f"training steps of this part (default: {STEPS})")
     parser.add_argument("--batch", type=int, help=f"pictures in a step (default: {BATCH})")
-    parser.add_argument("--accumulate", type=int, default=1, help="classes and unet: work on a batch in so many parts")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="classes and unet: work on a batch in so many parts",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
+    parser.add_argument(
+        "--precision", choices=["float32", "bfloat16"], help="(default: the faster one)"
+    )
     args = parser.parse_args()
     check_number("--seed", args.seed, 0, 2**32 - 1)
     if args.part == "all" and args.steps is not None:
-        raise ValueError("--steps are those of one part: train vae, clip and unet one after the other")
+        raise ValueError(
+            "--steps are those of one part: train vae, clip and unet one after the other"
+        )
     args.device = pick_device(args.device)
 
     latent = args.part != "classes"
     with first_process_first():
         data = load_data(args.data, 64 if latent and args.size is None else args.size)
     if latent and data.size % 8:
-        raise ValueError(f"--size {data.size}: expected a multiple of 8, as CLIP looks at squares of 8 x 8 pixels")
+        raise ValueError(
+            f"--size {data.size}: expected a multiple of 8, as CLIP looks at squares of 8 x 8 pixels"
+        )
     args.out = args.out or Path("runs") / f"{data.name}-{'latent' if latent else 'classes'}"
     if data.name == "cats":
         data = select(data, ~left_out(data.labels))
     if latent and not data.captions:
-        raise ValueError(f"--data {args.data}: its pictures have no captions; write picture.txt beside picture.jpg")
+        raise ValueError(
+            f"--data {args.data}: its pictures have no captions; write picture.txt beside picture.jpg"
+        )
     if not latent and not data.classes:
-        raise ValueError(f"--data {args.data}: its pictures have no classes; put those of each class into a folder of its own")
+        raise ValueError(
+            f"--data {args.data}: its pictures have no classes; put those of each class into a folder of its own"
+        )
     if args.part == "classes":
         train_classes(args, data)
     if args.part in ("vae", "all"):
@@ -83,8 +106,15 @@ def main() -> None:
 
 def train_classes(args: argparse.Namespace, data: Data) -> None:
     torch.manual_seed(args.seed)
-    widths = (32, 64, 96, 128)  # what listening adds is taken from the third level: as many weights as train.py's
-    network = ClassUNet(data.classes, in_channels=data.channels, out_channels=data.channels, widths=widths)
+    widths = (
+        32,
+        64,
+        96,
+        128,
+    )  # what listening adds is taken from the third level: as many weights as train.py's
+    network = ClassUNet(
+        data.classes, in_channels=data.channels, out_channels=data.channels, widths=widths
+    )
     schedule = NoiseSchedule.sigmoid()
     about = card(network, schedule, data.size, data.name, list(data.classes))
     untold = torch.zeros(1, len(data.classes), dtype=torch.long)
@@ -100,7 +130,12 @@ def train_classes(args: argparse.Namespace, data: Data) -> None:
         loss = F.mse_loss(predict_noise(x_t, t, labels), noise)  # math.md (7)
         run.step(loss)
         if run.pictures_due():
-            show_unet(run, schedule, (data.labels[seen_at_looks(data)] + 1).to(run.device), untold.to(run.device))
+            show_unet(
+                run,
+                schedule,
+                (data.labels[seen_at_looks(data)] + 1).to(run.device),
+                untold.to(run.device),
+            )
 
 
 # ---- Stable Diffusion's three networks ---------------------------------------------------------------------------------
@@ -110,19 +145,32 @@ def train_vae(args: argparse.Namespace, data: Data) -> None:
     torch.manual_seed(args.seed)
     network = VAE(data.channels, widths=(16, 32, 64))
     latents = torch.zeros(1, 4, data.size // network.factor, data.size // network.factor)
-    run = begin(args, "vae", network, data, {"network": network.config}, [picture_and_time(data)[0], latents])
+    run = begin(
+        args,
+        "vae",
+        network,
+        data,
+        {"network": network.config},
+        [picture_and_time(data)[0], latents],
+    )
     held_out = load_data(args.data, data.size, held_out=True)
     autoencode = run.fast(run.network)
     for x0 in run.batches():
         x, mean, logvar = autoencode(x0, run.randn_like(latents))
-        loss = F.mse_loss(x.float(), x0) + KL_WEIGHT * kl(mean.float(), logvar.float())  # math.md (16)
+        loss = F.mse_loss(x.float(), x0) + KL_WEIGHT * kl(
+            mean.float(), logvar.float()
+        )  # math.md (16)
         run.step(loss)
         if run.pictures_due():
             x0 = from_bytes(some(held_out.images, 32)).to(run.device)
             with torch.no_grad():
                 x = run.averaged.decode(run.averaged.encode(x0)[0])
-            tqdm.write(f"step {run.k}: pictures encoded and decoded again differ by a PSNR of {psnr(x, x0):.1f} dB")
-            save_grid(torch.stack([x0, x], dim=1).flatten(0, 1), run.folder / f"pairs-{run.k:06}.png")
+            tqdm.write(
+                f"step {run.k}: pictures encoded and decoded again differ by a PSNR of {psnr(x, x0):.1f} dB"
+            )
+            save_grid(
+                torch.stack([x0, x], dim=1).flatten(0, 1), run.folder / f"pairs-{run.k:06}.png"
+            )
             plot_training(run.history, {}, run.folder / "loss.png")
 
 
@@ -130,16 +178,24 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
     torch.manual_seed(args.seed)
     tokenizer = Tokenizer.of_words(data.captions)
     text = TextEncoder(tokenizer.size, width=128, layers=4, heads=4, length=tokenizer.length)
-    network = CLIP(text, ImageEncoder(data.channels, data.size, patch=8, width=128, layers=4, heads=4), tokenizer.end)
+    network = CLIP(
+        text,
+        ImageEncoder(data.channels, data.size, patch=8, width=128, layers=4, heads=4),
+        tokenizer.end,
+    )
     about = {"network": text.config, "words": tokenizer.rules.to_str()}
     number = {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
     tokens = tokenizer(number)  # (texts, length)
-    caption = torch.tensor([number[caption] for caption in data.captions])  # which of the texts is each picture's
+    caption = torch.tensor(
+        [number[caption] for caption in data.captions]
+    )  # which of the texts is each picture's
     run = begin(args, "clip", network, data, about, [picture_and_time(data)[0], tokens[:1]])
     held_out = load_data(args.data, data.size, held_out=True)
     others = min(63, len(set(held_out.captions)) - 1)
     if others < 1:
-        raise ValueError(f"--data {args.data}: expected two different captions or more among its held-out pictures")
+        raise ValueError(
+            f"--data {args.data}: expected two different captions or more among its held-out pictures"
+        )
     fit = run.fast(run.network)
     for x0 in run.batches():
         captions = caption[run.chosen]  # (B,)
@@ -148,7 +204,9 @@ def train_clip(args: argparse.Namespace, data: Data) -> None:
         run.step(loss)
         if run.pictures_due():
             found = 100 * finds(run.averaged, tokenizer, held_out, others)
-            tqdm.write(f"step {run.k}: {found:.1f} of 100 held-out pictures fit their own caption better than {others} others")
+            tqdm.write(
+                f"step {run.k}: {found:.1f} of 100 held-out pictures fit their own caption better than {others} others"
+            )
             plot_similarity(run.averaged, tokenizer, held_out, run.folder / "similarity.png")
             plot_training(run.history, {}, run.folder / "loss.png")
 
@@ -157,10 +215,17 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
     vae, text, tokenizer = load_parts(args.out / "training", args.device)
     texts, versions = phrasings(data.captions)
     with torch.no_grad():
-        states = torch.cat([text(part.to(args.device)) for part in tokenizer(texts).split(256)])  # (texts, length, width)
+        states = torch.cat(
+            [text(part.to(args.device)) for part in tokenizer(texts).split(256)]
+        )  # (texts, length, width)
     parts = [args.out / "training" / part / "model.pt" for part in ("vae", "clip")]
-    made_of = {"their content": data.content, "vae and clip": [zlib.crc32(path.read_bytes()) for path in parts]}
-    data = encode(vae, data)  # its last bits differ from machine to machine, so the run remembers the content of before
+    made_of = {
+        "their content": data.content,
+        "vae and clip": [zlib.crc32(path.read_bytes()) for path in parts],
+    }
+    data = encode(
+        vae, data
+    )  # its last bits differ from machine to machine, so the run remembers the content of before
 
     torch.manual_seed(args.seed)
     network = UNet(
@@ -173,8 +238,18 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
         attention_block=SpatialTransformer,
     )
     schedule = NoiseSchedule.cosine()
-    pipeline = Pipeline(network, vae, text, tokenizer, schedule, data.size * vae.factor, "v_prediction", "trailing")
-    run = begin(args, "unet", network, data, {"network": network.config}, [*picture_and_time(data), states[:1]], made_of)
+    pipeline = Pipeline(
+        network, vae, text, tokenizer, schedule, data.size * vae.factor, "v_prediction", "trailing"
+    )
+    run = begin(
+        args,
+        "unet",
+        network,
+        data,
+        {"network": network.config},
+        [*picture_and_time(data), states[:1]],
+        made_of,
+    )
     predict_noise = v_to_noise(run.fast(run.network), schedule)
     for x0 in run.batches():
         t = run.randint(schedule.T)
@@ -188,15 +263,24 @@ def train_unet(args: argparse.Namespace, data: Data) -> None:
             show_unet(run, schedule, states[versions[seen_at_looks(data), 0]], states[:1], vae)
             save(replace(pipeline, unet=run.averaged), args.out)
     if RANK == 0:
-        save(replace(pipeline, unet=run.averaged), args.out)  # the last look may have been cut short
-    print(f"{args.out} is a Stable Diffusion: python -m latent_ext.generate 'A TEXT' --model {args.out}")
+        save(
+            replace(pipeline, unet=run.averaged), args.out
+        )  # the last look may have been cut short
+    print(
+        f"{args.out} is a Stable Diffusion: python -m latent_ext.generate 'A TEXT' --model {args.out}"
+    )
 
 
 @torch.no_grad()
 def finds(network: CLIP, tokenizer: Tokenizer, data: Data, others: int) -> float:
     """The share of pictures that fit their own caption better than any of so many others, drawn at random, all different."""
-    device, number = network.sharpness.device, {text: i for i, text in enumerate(dict.fromkeys(data.captions))}
-    images = torch.cat([network.images(from_bytes(part).to(device)) for part in data.images[:512].split(64)])
+    device, number = (
+        network.sharpness.device,
+        {text: i for i, text in enumerate(dict.fromkeys(data.captions))},
+    )
+    images = torch.cat(
+        [network.images(from_bytes(part).to(device)) for part in data.images[:512].split(64)]
+    )
     fits = (images @ network.texts(tokenizer(number).to(device)).T).cpu()  # (pictures, texts)
     generator, found = torch.Generator().manual_seed(0), 0
     for fit, caption in zip(fits, data.captions, strict=False):
@@ -212,11 +296,17 @@ def load_parts(folder: Path, device: torch.device) -> tuple[VAE, TextEncoder, To
     for part in ("vae", "clip"):
         path = folder / part / "model.pt"
         if not path.exists():
-            raise ValueError(f"{path}: no such file; before the U-Net come the other two: python -m latent_ext.train {part}")
+            raise ValueError(
+                f"{path}: no such file; before the U-Net come the other two: python -m latent_ext.train {part}"
+            )
         found[part] = read(path)
     vae, text = VAE(**found["vae"]["network"]), TextEncoder(**found["clip"]["network"])
     vae.load_state_dict(found["vae"]["weights"])
-    tower = {name.removeprefix("text."): w for name, w in found["clip"]["weights"].items() if name.startswith("text.")}
+    tower = {
+        name.removeprefix("text."): w
+        for name, w in found["clip"]["weights"].items()
+        if name.startswith("text.")
+    }
     text.load_state_dict(tower)
     tokenizer = Tokenizer(Rules.from_str(found["clip"]["words"]), text.config["length"])
     return vae.to(device).eval(), text.to(device).eval(), tokenizer
@@ -237,13 +327,16 @@ def begin(
     """A run, as the core's, in a folder of its own."""
     steps = STEPS[part] if args.steps is None else args.steps
     if part in ("vae", "clip") and (PROCESSES > 1 or args.accumulate > 1):
-        raise ValueError(f"{part} is trained by one process, each batch as a whole: without torchrun and --accumulate")
+        raise ValueError(
+            f"{part} is trained by one process, each batch as a whole: without torchrun and --accumulate"
+        )
     run = Run(
         folder=args.out if part == "classes" else args.out / "training" / part,
         network=network,
         data=data,
         card=about,
-        settings={"part": part, "pictures": len(data.images)} | (made_of or {"their content": data.content}),
+        settings={"part": part, "pictures": len(data.images)}
+        | (made_of or {"their content": data.content}),
         steps=steps,
         batch=BATCH[part] if args.batch is None else args.batch,
         seed=args.seed,
@@ -273,16 +366,32 @@ def psnr(x: Tensor, x0: Tensor) -> float:
     return -10 * (x.clamp(-1, 1) / 2 - x0 / 2).square().mean().log10().item()
 
 
-def show_unet(run: Run, schedule: NoiseSchedule, context: Tensor, nothing: Tensor, vae: VAE | None = None) -> None:
+def show_unet(
+    run: Run, schedule: NoiseSchedule, context: Tensor, nothing: Tensor, vae: VAE | None = None
+) -> None:
     """What the averaged network makes of 36 pieces of noise and as many conditions; and where its loss comes from."""
     predict_noise = v_to_noise(run.fast(run.averaged), schedule)
     generators = [torch.Generator().manual_seed(i) for i in range(len(context))]
     noise = randn((len(context), *run.data.images.shape[1:]), generators, device=run.device)
-    x = sample(guided(predict_noise, context, nothing, 3), noise, schedule, clip=vae is None, generator=generators)
+    x = sample(
+        guided(predict_noise, context, nothing, 3),
+        noise,
+        schedule,
+        clip=vae is None,
+        generator=generators,
+    )
     with torch.no_grad():
-        save_grid(x if vae is None else vae.decode(x / vae.scale), run.folder / f"samples-{run.k:06}.png")
-    x0 = run.data.batch(seen_at_looks(run.data), torch.zeros(len(context), dtype=torch.bool)).to(run.device)
-    plot_training(run.history, loss_by_level(guided(predict_noise, context, nothing, 1), x0, schedule), run.folder / "loss.png")
+        save_grid(
+            x if vae is None else vae.decode(x / vae.scale), run.folder / f"samples-{run.k:06}.png"
+        )
+    x0 = run.data.batch(seen_at_looks(run.data), torch.zeros(len(context), dtype=torch.bool)).to(
+        run.device
+    )
+    plot_training(
+        run.history,
+        loss_by_level(guided(predict_noise, context, nothing, 1), x0, schedule),
+        run.folder / "loss.png",
+    )
 
 
 if __name__ == "__main__":
