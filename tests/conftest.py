@@ -1,4 +1,4 @@
-"""What the tests share: a folder of small pictures, and a training of a tiny network in a process of its own or in this one."""
+"""What the tests share: photos to train on, a training of a tiny network, programs that end."""
 
 import functools
 import os
@@ -8,15 +8,45 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import toolbox.run
 import train
 from toolbox.cats import draw
-from toolbox.pictures import save, to_image
+from toolbox.files import user_errors
+from toolbox.images import save_image, to_image
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
-TINY = {"widths": (8, 16), "blocks": 1, "attention": (False, True), "heads": 2, "groups": 4}
+TINY = {"channels": (8, 16), "attention_levels": (False, True), "heads": 2, "groups": 4}
+FLAGS = {"--data": "photos", "--size": 16, "--batch": 4, "--out": "run", "--precision": "float32"}
+FLAGS |= {"--device": "cpu"}
+# Programs of the tests read from this pipe: it is closed once pytest has ended, and so do they.
+STDIN, _OPEN_UNTIL_PYTEST_ENDS = os.pipe()
+# The tiny training of `train_here` in a process of its own; EXTRA is code of the test.
+PROGRAM = f"""
+import functools, os, sys, threading, torch, toolbox.run, train
+from toolbox.device import RANK, distributed
+from toolbox.files import UserError, user_errors
+from toolbox.run import Run
+from unet import UNet
+
+def training(words):  # what stands later overrules what stands before
+    sys.argv = ["train.py", *"{" ".join(f"{flag} {x}" for flag, x in FLAGS.items())}".split()]
+    sys.argv += words.split()
+    train.main()
+
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+torch.set_num_threads(1)
+toolbox.run.SAVE_EVERY = 0
+train.UNet = functools.partial(UNet, **{TINY})
+train.log_samples = lambda run, predict_noise, schedule: None
+EXTRA
+with user_errors(), distributed():
+    for words in sys.argv[1:]:
+        training(words)
+"""
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -30,31 +60,51 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def photos(here):
-    """A folder of 12 small pictures."""
-    for i, picture in enumerate(draw(12, 20)[0]):
-        save(to_image(picture), here / "photos" / f"{i}.png")
+    """A folder of 12 small images."""
+    for i, image in enumerate(draw(12, 20)[0]):
+        save_image(to_image(image), here / "photos" / f"{i}.png")
     return here / "photos"
 
 
 @pytest.fixture
 def train_here(photos, monkeypatch, capsys):
-    """train_here("--steps", 3) trains a tiny network on the photos, in this process, with a checkpoint after each step."""
+    """train_here("--steps", 3) trains a tiny network in this process; each step is saved."""
     monkeypatch.setattr(train, "UNet", functools.partial(UNet, **TINY))
     monkeypatch.setattr(toolbox.run, "SAVE_EVERY", 0)
-    monkeypatch.setattr(train, "show", lambda run, schedule: None)
+    monkeypatch.setattr(train, "log_samples", lambda run, predict_noise, schedule: None)
+    return lambda *words: call(train.main, monkeypatch, capsys, FLAGS, *words)
 
-    def run(*arguments):
-        defaults = {"--data": "photos", "--size": 16, "--batch": 4, "--out": "run", "--precision": "float32", "--device": "cpu"}
-        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        monkeypatch.setattr(sys, "argv", ["train.py", *(str(word) for pair in (defaults | given).items() for word in pair)])
-        train.main()
-        return capsys.readouterr().out
 
-    return run
+def call(main, monkeypatch, capsys, flags, *words):
+    """main() with these flags and, overruling them, words: flag, value, ...; what it printed."""
+    flags = flags | dict(zip(words[::2], words[1::2], strict=True))
+    words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def start(here):
+    """start("--steps 9", ...) starts PROGRAM; whatever still runs after the test is killed."""
+    programs = []
+
+    def start(*trainings, extra="", launcher=()):
+        (here / "program.py").write_text(PROGRAM.replace("EXTRA", extra))
+        words = [sys.executable, *launcher, "program.py", *trainings]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": STDIN, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        programs.append(subprocess.Popen(words, env=environment, text=True, **pipes))
+        return programs[-1]
+
+    yield start
+    for program in programs:
+        program.kill()
+        program.communicate()
 
 
 def command(*words, check=True):
-    """A program of this repository, as a user types it: command("train.py", ...), command("-m", "latent_ext.train", ...)."""
+    """A program as a user types it: command("train.py", ...), command("-m", "latent_ext.train")."""
     program = [] if words[0] == "-m" else [str(ROOT / words[0])]
     words = [sys.executable, *program, *map(str, words[len(program) :])]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the tests' own folder is another one
@@ -63,15 +113,42 @@ def command(*words, check=True):
     return result
 
 
+def said(main, capsys):
+    """What a program says of bad input: one sentence on stderr, no traceback, exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end, user_errors():
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line.strip() and "/s]" not in line]  # no progress bars
+    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+class Evil:
+    """Pickled, it writes a file when it is loaded."""
+
+    def __reduce__(self):
+        return (exec, ("open('executed', 'w')",))
+
+
 def checkpoint(folder):
     return torch.load(Path(folder) / "resume.pt", weights_only=True)
 
 
-def flat(checkpoint):
-    """All the numbers that go on: weights, averaged weights, both optimizers' states."""
-    states = [state for optimizer in checkpoint["optimizers"] for state in optimizer["state"].values()]
-    moments = [v for state in states for v in state.values()]
-    assert len(states) == len(checkpoint["network"])  # each of the weights is one optimizer's
-    return torch.cat(
-        [w.double().flatten() for w in [*checkpoint["network"].values(), *checkpoint["averaged"].values(), *moments]]
-    )
+def flat(folder):
+    """All numbers that a training continues with: weights, EMA, moments of both optimizers."""
+    content = checkpoint(folder)
+    states = [s for optimizer in content["optimizers"] for s in optimizer["state"].values()]
+    assert len(states) == len(content["network"])  # each of the weights is one optimizer's
+    tables = [content["network"], content["ema"], *states]
+    return torch.cat([w.double().flatten() for table in tables for w in table.values()])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def pixels(image):
+    """(3, height, width), 0 .. 255, of a file or of an opened image."""
+    image = image if isinstance(image, Image.Image) else Image.open(image)
+    return pil_to_tensor(image.convert("RGB")).float()

@@ -26,7 +26,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one reports
             time.sleep(3)
         text = " ".join(str(error).split())
-        print("error:", "".join(c if c.isprintable() else "?" for c in text), file=sys.stderr)
+        print("error:", printable(text), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY):
@@ -35,6 +35,11 @@ def user_errors() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def printable(text: str) -> str:
+    """Control characters in the name of a file could do anything to a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @contextmanager
@@ -79,20 +84,23 @@ def check_number(flag: str, number: float, low: float, high: float = math.inf) -
 def lock_folder(folder: Path) -> None:
     """Until this process ends no other may write there; a dead one's lock is taken over."""
     path, mine = folder / "lock", f"{os.getpid()} {socket.gethostname()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(path, "x", encoding="utf-8") as file:  # fails if the file exists
-            file.write(mine)
-    except FileExistsError:
-        pid, _, host = path.read_text("utf-8").partition(" ")
-        if pid.isdigit() and int(pid) != os.getpid() and host == socket.gethostname():
-            if process_alive(int(pid)):
+    with system_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(path, "x", encoding="utf-8") as file:  # fails if the file exists
+                file.write(mine)
+        except FileExistsError:
+            lock = path.read_text("utf-8", "replace")
+            pid, _, host = lock.partition(" ")
+            here = host == socket.gethostname() and pid.isdigit()
+            if lock != mine and here and process_alive(int(pid)):
                 raise UserError(
                     f"another training, process {pid}, is using {folder}: use another --out, or "
                     f"wait for it (if it is none, delete {path})"
                 ) from None
-            print(f"took over {folder} from process {pid}, which has ended", flush=True)
-        path.write_text(mine, "utf-8")
+            if lock != mine:
+                print(f"took over {folder}: process {pid} no longer runs here", flush=True)
+            path.write_text(mine, "utf-8")
     atexit.register(path.unlink, missing_ok=True)
 
 
@@ -109,7 +117,7 @@ def process_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)  # signal 0 is only a question
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         pass

@@ -74,9 +74,18 @@ def load_model(
     try:
         check_bounds({key: value for key, value in content.items() if key != "weights"})
         weights, config = check_weights(content.pop("weights")), content["network"]
+        if content["format"] == 2:
+            config = {FORMAT_2.get(key, key): value for key, value in config.items()}
+            config = {k: v for k, v in config.items() if k != "context_width" or v is not None}
+        if len(config.get("channels", [])) * config.get("num_res_blocks", 1) > len(weights):
+            raise ValueError("it describes more blocks than it has weights for")
+        if any(isinstance(value, str) for value in config.values()):
+            raise ValueError("expected numbers and lists for the network")
         schedule = SCHEDULES[content["schedule"]["name"]](content["schedule"]["T"])
         if content["channels"] != config["in_channels"] or content["size"] < 1:
             raise ValueError("its sizes do not agree")
+        if content.setdefault("prediction", "v") not in PREDICTIONS:
+            raise ValueError(f"expected a prediction of {', '.join(PREDICTIONS)}")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: this file is damaged ({error!r:.99}); use another one") from error
     if ("classes" in config) != (make is not UNet):
@@ -84,10 +93,6 @@ def load_model(
         raise UserError(
             f"{path}: expected another kind of model; use python {program} for this one"
         )
-    if content["format"] == 2:
-        config = {FORMAT_2.get(key, key): value for key, value in config.items()}
-        config = {key: v for key, v in config.items() if key != "context_width" or v is not None}
-
     with same_network(path):
         inspect.signature(make).bind(**config)
     with torch.device("meta"):  # shapes only: the weights are those of the file
@@ -97,7 +102,7 @@ def load_model(
         weights = dict(zip(own, weights.values(), strict=True))  # other names, the same order
     with same_network(path):
         network.load_state_dict(weights, assign=True)
-    return network.float().to(device).eval(), schedule, {"prediction": "v"} | content
+    return network.float().to(device).eval(), schedule, content
 
 
 @contextmanager
@@ -114,12 +119,16 @@ def same_network(path: Path) -> Iterator[None]:
 
 
 def check_bounds(value: object) -> None:
-    """Refuse absurd numbers before anything is built from them."""
+    """Refuse what no model file holds, and absurd numbers, before anything is built from them."""
     for part in value.values() if isinstance(value, dict) else value:
         if isinstance(part, dict | list):
             check_bounds(part)
-        elif isinstance(part, int) and not 0 <= part <= 10_000:
-            raise ValueError(f"expected numbers up to 10,000, got {part:.3g}")
+        elif not isinstance(part, int | str | None):
+            raise ValueError(
+                f"expected whole numbers, words and lists, got a {type(part).__name__}"
+            )
+        elif type(part) is int and not 1 <= part <= 10_000:
+            raise ValueError(f"expected numbers from 1 to 10,000, got {part:.3g}")
 
 
 def check_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
