@@ -22,17 +22,9 @@ def held_out_combination(labels: Tensor) -> Tensor:
     return labels.sum(dim=1) % 8 == 4
 
 
-<<<<<<< HEAD
-def select(data: Data, wanted: Tensor) -> Data:
-    captions = [
-        caption for caption, keep in zip(data.captions, wanted.tolist(), strict=True) if keep
-    ]
-    return replace(data, images=data.images[wanted], labels=data.labels[wanted], captions=captions)
-=======
 def select(data: Data, mask: Tensor) -> Data:
     captions = [caption for caption, keep in zip(data.captions, mask.tolist(), strict=True) if keep]
     return replace(data, images=data.images[mask], labels=data.labels[mask], captions=captions)
->>>>>>> main
 
 
 def preview_indices(data: "Data | Latents") -> Tensor:
@@ -53,24 +45,6 @@ def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     Of its (N, VARIANTS) at least half are the whole caption. The others leave out some of the first
     two clauses ("with ...", "on ..."): whoever asks for "an orange cat" may get any background.
     """
-<<<<<<< HEAD
-    texts, rows, known = {"": 0}, [], {}
-    for caption in captions:
-        if caption not in known:
-            head, *clauses = re.split(r" (?=with |on )", caption)
-            said = [caption]
-            for kept in range(
-                2 ** min(len(clauses), 2) - 1
-            ):  # its binary digits say which clauses stay
-                said.append(
-                    " ".join([head, *(clause for i, clause in enumerate(clauses) if kept >> i & 1)])
-                )
-            known[caption] = [
-                texts.setdefault(said[i % len(said) if i >= 4 else 0], len(texts)) for i in range(8)
-            ]
-        rows.append(known[caption])
-    return list(texts), torch.tensor(rows)
-=======
     texts, rows = {"": 0}, {}
     for caption in dict.fromkeys(captions):
         head, *clauses = re.split(r" (?=with |on )", caption)
@@ -82,7 +56,6 @@ def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
         variants = [caption] * half + [variants[i % len(variants)] for i in range(half)]
         rows[caption] = [texts.setdefault(variant, len(texts)) for variant in variants]
     return list(texts), torch.tensor([rows[caption] for caption in captions])
->>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -96,16 +69,9 @@ class Latents:
     hflip: bool
     checksum: int  # of Data: latents differ a little from one machine to the next
 
-<<<<<<< HEAD
-    def batch(self, chosen: Tensor, mirrored: Tensor) -> Tensor:
-        return torch.where(
-            mirrored[:, None, None, None], self.mirrored[chosen], self.images[chosen]
-        )
-=======
     def batch(self, indices: Tensor, flipped: Tensor) -> Tensor:
         flipped = flipped[:, None, None, None]
         return torch.where(flipped, self.flipped[indices], self.images[indices])
->>>>>>> main
 
 
 @torch.no_grad()
@@ -118,24 +84,8 @@ def encode_data(vae: VAE, data: Data) -> Latents:
     means: dict[bool, list[Tensor]] = {False: [], True: []}
     for images in tqdm(data.images.split(64), desc="encoding images", leave=False):
         for flip in means:
-<<<<<<< HEAD
-            x = from_bytes(images.flip(-1) if flip else images).to(device)
-            means[flip].append(vae.encode(x)[0].cpu())
-    images, mirrored = torch.cat(means[False]), torch.cat(means[True])
-    vae.scale = 1 / images.std().item()  # Rombach et al. 2022, appendix G
-    return Latents(
-        data.name,
-        images * vae.scale,
-        data.classes,
-        data.labels,
-        data.captions,
-        data.mirror,
-        mirrored * vae.scale,
-    )
-=======
             x0 = from_uint8(images.flip(-1) if flip else images)
             means[flip].append(vae.encode(x0.to(device))[0].cpu())
     images, flipped = torch.cat(means[False]), torch.cat(means[True])
     scale = 1 / images.std().item()  # Rombach et al. 2022, appendix G
     return Latents(data.name, images * scale, flipped * scale, scale, data.hflip, data.checksum)
->>>>>>> main

@@ -28,30 +28,6 @@ BATCH = 50  # images that go through the network together
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-<<<<<<< HEAD
-    parser.add_argument("--model", help="as for latent_ext.generate")
-    parser.add_argument(
-        "--data", default="cats", help="what it was trained on: drawn cats, or data with classes"
-    )
-    parser.add_argument("--n", type=int, default=200, help="prompts")
-    parser.add_argument("--steps", type=int, default=50, help="network calls for each picture")
-    parser.add_argument(
-        "--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM"
-    )
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        nargs="+",
-        default=GUIDANCE,
-        help="scales to compare; 0 does not listen",
-    )
-    parser.add_argument(
-        "--inception",
-        action="store_true",
-        help="FID on Inception's features, too (needs torchmetrics)",
-    )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-=======
     add = parser.add_argument
     add("--model", help="as for latent_ext.generate")
     add("--data", default="cats", help="what it was trained on, with classes (default: cats)")
@@ -62,7 +38,6 @@ def main() -> None:
     add("--guidance", type=float, nargs="+", default=GUIDANCE, help=f"scales (default: {scales})")
     add("--inception", action="store_true", help="add KID and FID on Inception's features")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
->>>>>>> main
     args = parser.parse_args()
     check_number("--n", args.n, 4)  # as in evaluate.py
     check_number("--eta", args.eta, 0, 1)
@@ -73,30 +48,6 @@ def main() -> None:
     inception = Inception() if args.inception else None
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
-<<<<<<< HEAD
-        raise ValueError(
-            f"--data {args.data}: its pictures have no classes, so nobody knows what is right"
-        )
-    data = load_data(
-        args.data
-    )  # of its own size: the classifier is shown all pictures at that size
-    classifier, size = feature_net(data), data.size
-
-    if pipeline.vae.factor > 1:
-        with torch.no_grad():
-            x0 = from_bytes(some(held_out.images, 256)).to(pipeline.device)
-            x = torch.cat(
-                [pipeline.vae.decode(pipeline.vae.encode(part)[0]) for part in x0.split(32)]
-            )
-        print(
-            f"VAE       PSNR {psnr(x, x0):.1f} dB: 256 held-out pictures, encoded and decoded again"
-        )
-    exact = 100 * (answers(classifier, held_out.images, size) == held_out.labels).float().mean(0)
-    told = ", ".join(
-        f"{name} {share:.1f}" for name, share in zip(held_out.classes, exact.tolist(), strict=True)
-    )
-    print(f"judge     of 100 held-out pictures it reads right: {told}")
-=======
         raise UserError(f"--data {args.data}: expected classes, to compare what was drawn with")
     data = load_data(args.data)  # the classifier sees all images at the data's own size
     classifier = feature_net(data)  # first: it may have to be trained
@@ -108,7 +59,6 @@ def main() -> None:
     shares = zip(held_out.classes, right.float().mean(0).tolist(), strict=True)
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
     print(f"judge     reads held-out images right: {shares}")
->>>>>>> main
 
     prompts, labels, unseen = choose_prompts(held_out, args.n, by_class=pipeline.vae is None)
     groups = {"all": torch.ones_like(unseen)}
@@ -116,19 +66,6 @@ def main() -> None:
         groups = {"seen": ~unseen, "unseen": unseen} | groups
     print(f"{'guidance':12}{'prompts':12}{'attributes right':>18}{'all of a prompt right':>24}")
     for scale in args.guidance:
-<<<<<<< HEAD
-        pictures = draw(pipeline, prompts, scale, args)
-        right = answers(classifier, pictures, size) == labels  # (n, questions)
-        halves = [
-            "".join(f"{100 * r[group].float().mean():12.1f}" for group in groups.values())
-            for r in (right, right.all(1))
-        ]
-        print(f"{scale:<12}" + (" " * 12).join(halves), flush=True)
-        if pipeline.size == size and not unseen.any():  # as large and as mixed as the data
-            distances(pictures, classifier, data)
-            if inception:
-                distances(pictures, inception, data)
-=======
         options = {"steps": args.steps, "eta": args.eta, "guidance_scale": scale}
         images = draw(pipeline, prompts, **options)
         right = read_labels(classifier, images, data.size) == labels  # (n, questions)
@@ -138,7 +75,6 @@ def main() -> None:
         if pipeline.size == data.size and not unseen.any():  # as large and as mixed as the data
             for network in filter(None, (classifier, inception)):
                 report_distances(images, network, data)
->>>>>>> main
 
 
 def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], Tensor, Tensor]:
@@ -148,20 +84,6 @@ def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], T
     """
     unseen = held_out_combination(held_out.labels) & (held_out.name == "cats")  # (N,)
     half = n // 2 if unseen.any() else 0
-<<<<<<< HEAD
-    chosen = torch.cat(
-        [some(unseen.nonzero()[:, 0], half), some((~unseen).nonzero()[:, 0], n - half)]
-    )
-    labels = held_out.labels[chosen]
-    if isinstance(pipeline.tokenizer, Tokenizer):
-        return [held_out.captions[i] for i in chosen.tolist()], labels, unseen[chosen]
-    questions = held_out.classes.items()  # a model of classes: "orange fur, plain pattern, ..."
-    prompts = [
-        ", ".join(f"{values[k]} {name}" for k, (name, values) in zip(row, questions, strict=True))
-        for row in labels.tolist()
-    ]
-    return prompts, labels, unseen[chosen]
-=======
     picked = (evenly_spaced(unseen.nonzero(), half), evenly_spaced((~unseen).nonzero(), n - half))
     picked = torch.cat(picked)[:, 0]
     prompts = [held_out.captions[i] for i in picked.tolist()] if not by_class else []
@@ -169,7 +91,6 @@ def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], T
         answers = zip(row, held_out.classes.items(), strict=True)
         prompts.append(", ".join(f"{names[k]} {question}" for k, (question, names) in answers))
     return prompts, held_out.labels[picked], unseen[picked]
->>>>>>> main
 
 
 def draw(pipeline: Pipeline, prompts: list[str], **options: object) -> Tensor:
@@ -183,21 +104,11 @@ def draw(pipeline: Pipeline, prompts: list[str], **options: object) -> Tensor:
 
 
 @torch.no_grad()
-<<<<<<< HEAD
-def answers(classifier: FeatureNet, images: Tensor, size: int) -> Tensor:
-    """What the classifier reads in pictures (N, 3, H, W) of bytes: (N, questions)."""
-    small = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
-    scores = classifier.answers(classifier.see(small))
-    return torch.stack(
-        [score.argmax(1) for name, score in scores.items() if name != "damage"], dim=1
-    )
-=======
 def read_labels(classifier: FeatureNet, images: Tensor, size: int) -> Tensor:
     """What the classifier reads in images, uint8 (N, C, H, W), at its own size: (N, questions)."""
     images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
     logits = classifier.answers(classifier.extract_features(images))
     return torch.stack([x.argmax(1) for name, x in logits.items() if name != "corruption"], dim=1)
->>>>>>> main
 
 
 if __name__ == "__main__":
