@@ -81,6 +81,8 @@ def load(
     attention = partial(SpatialTransformer, context_width=text_encoder.config["width"])
     unet = load_network("unet", partial(UNet, attention_block=attention), path)
     vae = load_network("vae", VAE, path)
+    if unet.config["out_channels"] != vae.config["latent_channels"]:
+        raise UserError(f"{path}: its U-Net and its VAE differ in the channels of their latents")
     if dtype is None:
         dtype = unet.conv_in.weight.dtype
         if torch.device(device).type == "cpu":
@@ -202,8 +204,9 @@ def read_entries(folder: Path, name: str) -> dict:
     with system_errors(path):
         content = path.read_bytes()
     try:
-        entries = V1_5[name] | json.loads(content)
-    except (ValueError, TypeError, RecursionError) as error:
+        given = json.loads(content)
+        entries = {key: given.get(key, usual) for key, usual in V1_5[name].items()}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: expected a JSON object; the file is damaged") from error
     for key, usual in V1_5[name].items():
         value = entries[key]
