@@ -16,11 +16,11 @@ from latent_ext.data import held_out_combination
 from latent_ext.generate import default_model, load_pipeline
 from latent_ext.pipeline import Pipeline, text_to_image
 from latent_ext.train_vae import psnr, reconstruct
-from processes import generators
 from toolbox.data import Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, user_errors
 from toolbox.metrics import FeatureNet, Inception, evenly_spaced, feature_net
+from toolbox.seeds import generators
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
 BATCH = 50  # images that go through the network together

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from latent_ext.data import preview_indices
 from latent_ext.guidance import ClassUNet, guided
-from processes import NoiseSchedule, add_noise, noise_from_v, sample_seeds
+from processes import NoiseSchedule, add_noise, noise_from_v
 from toolbox.data import Data
 from toolbox.images import loss_by_level, plot_training, save_grid
 from toolbox.models import model_config
 from toolbox.run import Run
+from toolbox.seeds import sample_seeds
 from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 2200, 16
