@@ -18,13 +18,14 @@ from docs.plane import BOTH, train, two_moons
 from latent_ext.generate import load_pipeline
 from latent_ext.guidance import guided
 from latent_ext.pipeline import image_to_image, inpaint, text_to_image
-from processes import NoiseSchedule, add_noise, generators, randn_like, sample
+from processes import NoiseSchedule, add_noise, randn_like, sample
 from toolbox import cats
 from toolbox.data import from_uint8, load_data
 from toolbox.files import UserError, user_errors
 from toolbox.images import grid, loss_by_level, save_gif, save_plot, to_image
 from toolbox.metrics import LinearDenoiser
 from toolbox.models import SCHEDULES, load_model, predict_noise_of
+from toolbox.seeds import generators
 from unet import UNet
 
 FOLDER = Path("docs/figures")

@@ -12,12 +12,12 @@ from tqdm import tqdm
 from latent_ext.guidance import ClassUNet
 from latent_ext.pipeline import ClassPipeline, Pipeline, image_to_image, inpaint, text_to_image
 from latent_ext.stable_diffusion import load
-from processes import generators
 from toolbox.data import from_uint8, read_image
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, check_writable, user_errors
 from toolbox.images import grid, save_gif, save_grid
 from toolbox.models import find_model, load_model
+from toolbox.seeds import generators
 
 OWN_MODEL = Path("runs/cats-latent")  # of `python -m latent_ext.train all`
 BATCH_PIXELS = 2**18  # go through the networks together: one image of 512x512, or 64 of 64x64

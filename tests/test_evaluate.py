@@ -10,7 +10,7 @@ from PIL import Image
 from test_data import lay_out_digits
 
 import evaluate
-from processes import NoiseSchedule, noise_from_v, sample_seeds
+from processes import NoiseSchedule, noise_from_v
 from toolbox import metrics
 from toolbox.cats import draw
 from toolbox.data import Data, from_uint8, load_data, to_uint8
@@ -18,6 +18,7 @@ from toolbox.files import UserError
 from toolbox.images import loss_by_level, save_image, to_image
 from toolbox.metrics import train_feature_net
 from toolbox.models import PRETRAINED, SCHEDULES, model_config, save_model
+from toolbox.seeds import sample_seeds
 from unet import UNet
 
 TINY = {"channels": (8, 16), "num_res_blocks": 1, "attention_levels": (False, True), "groups": 4}

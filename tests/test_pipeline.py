@@ -19,8 +19,9 @@ from latent_ext.clip import END, START, UNKNOWN, TextEncoder, Tokenizer
 from latent_ext.guidance import ClassUNet, guided
 from latent_ext.pipeline import ClassPipeline, Pipeline, image_to_image, inpaint, text_to_image
 from latent_ext.vae import VAE
-from processes import NoiseSchedule, generators, noise_from_v, randn_like, sample_seeds
+from processes import NoiseSchedule, noise_from_v, randn_like
 from toolbox.files import UserError
+from toolbox.seeds import generators, sample_seeds
 from unet import UNet
 
 PROMPTS = ["an orange cat with green eyes", "a black dog"]
