@@ -67,7 +67,7 @@ class Latents:
     flipped: Tensor  # the same, of the flipped images; these are not flipped latents
     scaling_factor: float
     hflip: bool
-    checksum: int  # of Data: latents differ a little from one machine to the next
+    checksum: str  # of Data: latents differ a little from one machine to the next
 
     def batch(self, indices: Tensor, flipped: Tensor) -> Tensor:
         flipped = flipped[:, None, None, None]

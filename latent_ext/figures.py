@@ -139,15 +139,15 @@ def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path)
     images = from_uint8(images).to(device)
     texts = network.encode_text(tokenizer(captions).to(device))
     cosines = (texts @ network.encode_image(images).T).cpu().numpy()  # (captions, images)
-    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
     strip = to_image(torch.cat([*images], dim=2))
     axes.imshow(strip, extent=(-0.5, len(captions) - 0.5, -0.6, -1.6), cmap="gray")
-    axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
+    axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
     for (y, x), cosine in np.ndenumerate(cosines):
         color = "white" if abs(cosine) > 0.7 else "black"
         axes.text(x, y, f"{cosine:.2f}", ha="center", va="center", fontsize=8, color=color)
     axes.set(ylim=(len(captions) - 0.5, -1.6), xticks=[])
-    axes.set_yticks(range(len(captions)), captions)
+    axes.set_yticks(range(len(captions)), captions, fontsize=8)
     save_plot(figure, path)
 
 
