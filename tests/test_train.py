@@ -337,7 +337,7 @@ def test_a_folder_of_other_settings_or_of_another_training_is_refused_and_untouc
         ("--size", 8, "size = 16, and now it is 8"),
         ("--schedule", "linear", "schedule = .*'sigmoid'.*'linear'"),
         ("--precision", "bfloat16", "precision = float32, and now it is bfloat16"),
-        ("--model", "run/model.pt", "model = None, and now it is run/model.pt"),
+        ("--model", "run/model.pt", "model = None, and now it is run.model.pt"),
         ("--steps", 3, f"another training, process {os.getppid()}, is using run"),
     ]:
         with pytest.raises(UserError, match=rf"{told}.*use another --out"):
