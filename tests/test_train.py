@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Evil, checkpoint, contents, flat, said
+from conftest import TINY, Evil, checkpoint, contents, flat, pixels, said
 
 import toolbox.device
 import toolbox.run
 import train
-from processes import NoiseSchedule
+from processes import NoiseSchedule, noise_from_v, sample_seeds
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.device import pick_device
 from toolbox.files import UserError
+from toolbox.images import grid
 from toolbox.models import load_model, model_config
 from toolbox.muon import Muon
 from toolbox.run import Run, generator_for
@@ -40,7 +41,7 @@ def test_the_learning_rate_warms_up_and_falls_linearly_to_0():
 def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     """The same arithmetic a second time, with optimizers built here, number by number."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Conv2d(1, 2, 3))
+    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Conv2d(1, 2, 3)).double()
     network.register_buffer("table", torch.zeros(3))
     ema, twin = copy.deepcopy(network), copy.deepcopy(network)
     optimizers = train.make_optimizers(network)
@@ -48,26 +49,27 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     judges = [Muon([twin[0].weight, twin[1].weight], 2e-3, 0.95, 0.01)]
     judges += [torch.optim.AdamW(vectors, 2e-3, betas=(0.9, 0.99), **options)]
     expected = [w.detach().clone() for w in ema.parameters()]
-    for step, scale in enumerate((30.0, 0.01, 3.0, 1.0)):
+    for step, scale in enumerate((30.0, 0.01, 3.0, 1.0), start=48):
         losses = [scale * sum(w.sin().sum() for w in net.parameters()) for net in (network, twin)]
         train.gradient_step(losses[0], network, ema, optimizers, step, 100)
         losses[1].backward()
         norm = sum(w.grad.square().sum() for w in twin.parameters()).sqrt().item()
         for w in twin.parameters():
-            w.grad *= min(1, 1 / norm)
+            w.grad *= min(1, 1 / (norm + 1e-6))
         for judge in judges:
-            judge.param_groups[0]["lr"] = 2e-3 * (step + 1) / 50
+            judge.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 50, 1 - step / 100)
             judge.step()
             judge.zero_grad()
         torch._foreach_lerp_(expected, [*twin.parameters()], 1 - (2 + step) / (11 + step))
-        torch.testing.assert_close([*network.parameters()], [*twin.parameters()])
-        torch.testing.assert_close([*ema.parameters()], expected)
+        same = {"rtol": 0, "atol": 1e-8}
+        torch.testing.assert_close([*network.parameters()], [*twin.parameters()], **same)
+        torch.testing.assert_close([*ema.parameters()], expected, **same)
         assert all(w.grad is None for w in network.parameters())
         network.table.add_(1)
     assert not ema.table.any()  # a buffer is no weight: its values have no mean
     train.update_ema(ema, network, 10**6)
     torch._foreach_lerp_(expected, [*network.parameters()], 0.0001)
-    torch.testing.assert_close([*ema.parameters()], expected)
+    torch.testing.assert_close([*ema.parameters()], expected, **same)
 
 
 def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
@@ -173,7 +175,11 @@ def test_previews_disturb_nothing(train_here, monkeypatch, here):
     assert torch.equal(flat("blind"), flat("seen"))
     new = contents("seen").keys() - contents("blind").keys()
     assert new == {"loss.png", "samples-000002.png", "samples-000003.png"}
-    assert (here / "seen/samples-000003.png").stat().st_size > 20_000  # 36 images
+    network, schedule = UNet(3, 3, **TINY), NoiseSchedule.sigmoid()
+    network.load_state_dict(checkpoint("seen")["ema"])
+    predict_noise, seeds = noise_from_v(network, schedule), range(36)
+    x = sample_seeds(predict_noise, (3, 16, 16), seeds, schedule, clip_x0=True)
+    assert (pixels(grid(x)) - pixels(here / "seen/samples-000003.png")).abs().max() <= 1
 
 
 # ---- how long it takes, in which precision, on which device --------------------------------------
