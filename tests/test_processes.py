@@ -57,18 +57,6 @@ def test_schedules_equal_diffusers_and_their_papers(name, T):
     assert schedule.alpha_bar.min() > 0
 
 
-def test_add_noise_is_what_many_small_steps_do():
-    """math.md (1) -> (2): x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) noise: mean and variance."""
-    schedule, mean, variance = NoiseSchedule.linear(50), 1.0, 0.0
-    zero, one = torch.zeros(1, 1).double(), torch.ones(1, 1).double()
-    for t, beta in enumerate(torch.linspace(1e-4, 0.02, 50, dtype=torch.float64).tolist()):
-        mean, variance = mean * math.sqrt(1 - beta), variance * (1 - beta) + beta
-        t = torch.tensor([t])
-        assert add_noise(one, t, schedule, zero)[0].item() == pytest.approx(mean, rel=1e-6)
-        sigma = add_noise(zero, t, schedule, one)[0].item()
-        assert sigma == pytest.approx(math.sqrt(variance), rel=1e-3)
-
-
 @pytest.mark.parametrize("shape", [(4,), (4, 2), (4, 3, 40, 40)])
 def test_each_image_has_its_own_level_and_its_own_noise(shape):
     schedule, judge = NoiseSchedule.cosine(), DDPMScheduler(**DIFFUSERS["cosine"])
@@ -158,21 +146,6 @@ def test_every_step_equals_diffusers(kind, eta, T, steps, prediction, clip):
     assert result is states[-1][0] and result.dtype == torch.float64
 
 
-def test_stable_diffusions_timesteps_as_pairs():
-    """v1.5 ends with the pair (1, 0): at alpha_bar[0], not at 1."""
-    schedule = NoiseSchedule.scaled_linear()
-    judge = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **V15)
-    judge.alphas_cumprod = schedule.alpha_bar.double()
-    judge.final_alpha_cumprod = judge.alphas_cumprod[0]
-    judge.set_timesteps(50)
-    x = start = normal(1, 4, 4, 4)
-    for t in judge.timesteps:
-        x = judge.step(toy_model(x, t.repeat(1)), t, x).prev_sample
-    pairs = [(t, max(t - 20, 0)) for t in range(981, 0, -20)]
-    result = sample(toy_model, start, schedule, eta=0, timesteps=pairs)
-    torch.testing.assert_close(result, x, rtol=1e-8, atol=1e-8)
-
-
 # ---- the loop against closed forms ---------------------------------------------------------------
 
 
@@ -245,7 +218,7 @@ def test_on_step_decides_what_x_the_loop_continues_with():
     assert seen[1:] == [749, 499, 249] and result == -1
 
 
-def test_a_seed_gives_the_same_image_whatever_the_others_are():
+def test_a_seed_gives_the_same_normal_noise_and_image_whatever_the_others_are():
     schedule, options = NoiseSchedule.linear(), {"steps": 5, "eta": 1, "clip_x0": True}
     together = sample_seeds(toy_model, (3, 4, 4), [7, 8, 9], schedule, **options)
     for seed, image in zip([7, 8, 9], together, strict=True):
@@ -256,9 +229,6 @@ def test_a_seed_gives_the_same_image_whatever_the_others_are():
         torch.testing.assert_close(sample(toy_model, x, schedule, **options)[0], image)
         del options["generator"]
     assert not torch.allclose(together[0], together[1], atol=0.1)
-
-
-def test_noise_is_normal_in_the_type_and_on_the_device_of_x():
     for generator in (None, torch.Generator().manual_seed(5), generators(range(5, 9))):
         noise = randn_like(torch.zeros(4, 5000).double(), generator)
         assert noise.dtype == torch.float64 and len(noise.unique()) == 20_000
