@@ -119,7 +119,7 @@ def train_feature_net(data: Data, steps: int = 600, batch: int | None = None) ->
     Without corruptions the network would look at colours and large shapes alone, since that is all
     it takes to tell the classes. The judge is tested with corruptions of other kinds.
     """
-    batch = batch or max(16, 128 * 32**2 // max(32, data.size) ** 2)  # the larger, the fewer
+    batch = batch or 4 * max(4, 32 * 32**2 // max(32, data.size) ** 2)  # of large images fewer
     labels = data.labels if data.classes else torch.zeros(len(data.images), 1)
     order = labels.unique(dim=0, return_inverse=True)[1].argsort()  # the same labels side by side
     with torch.random.fork_rng():
