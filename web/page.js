@@ -416,7 +416,7 @@ function setStart(drawn) {
   showStart();
 }
 forms.ask.clear.onclick = () => setStart(start);
-forms.ask.keep.onclick = () => setStart(result);
+forms.ask.keep.onclick = () => setStart(result ?? start);
 forms.ask.onsubmit = ({ submitter }) =>
   run(async (proceed) => {
     const { strength } = read(forms.ask);

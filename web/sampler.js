@@ -115,7 +115,7 @@ export function sigmaOf(ab, ab_prev, eta) {
 
 /** [t, t_prev] of even strides from T-1 to -1: [999, 974], ..., [24, -1] for 40 of 1000. */
 export function timestepPairs(T, steps) {
-  if (!(Number.isInteger(steps) && steps >= 1 && steps <= T))
+  if (!(Number.isInteger(steps) && steps >= 0 && steps <= T))
     throw RangeError(`expected 1 to ${T} steps, as the schedule has ${T}, got ${steps}`);
   const t = (i) => roundHalfEven((T * i) / steps) - 1;
   return Array.from({ length: steps }, (_, k) => [t(steps - k), t(steps - k - 1)]);
@@ -124,7 +124,7 @@ export function timestepPairs(T, steps) {
 /** Python's round: 62.5 becomes 62. Math.round would make it 63. */
 function roundHalfEven(number) {
   const floor = Math.floor(number);
-  return number - floor === 0.5 ? floor + (floor % 2) : Math.round(number);
+  return number - floor === 0.5 ? floor + 1 : Math.round(number);
 }
 
 /** Of latent_ext/guidance.py (Ho & Salimans 2021, eq. 6): exaggerate what the context changes. */
