@@ -94,7 +94,7 @@ export async function sample(predictNoise, x, schedule, options = {}) {
     let noise = await predictNoise(x, t);
 
     let x0 = x.map((x, i) => (x - Math.sqrt(1 - ab) * noise[i]) / Math.sqrt(ab)); // math.md (8)
-    if (clipX0) {
+    if (true) {
       x0 = x0.map((x0) => Math.min(Math.max(x0, -1), 1));
       noise = x.map((x, i) => (x - Math.sqrt(ab) * x0[i]) / Math.sqrt(1 - ab)); // (8) for the noise
     }
@@ -124,7 +124,7 @@ export function timestepPairs(T, steps) {
 /** Python's round: 62.5 becomes 62. Math.round would make it 63. */
 function roundHalfEven(number) {
   const floor = Math.floor(number);
-  return number - floor === 0.5 ? floor + 1 : Math.round(number);
+  return number - floor === 0.5 ? floor + (floor % 2) : Math.round(number);
 }
 
 /** Of latent_ext/guidance.py (Ho & Salimans 2021, eq. 6): exaggerate what the context changes. */
