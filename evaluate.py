@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import NoiseSchedule, sample_seeds
+from processes import NoiseSchedule
 from toolbox import metrics
 from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
@@ -16,6 +16,7 @@ from toolbox.files import UserError, check_number, check_writable, user_errors
 from toolbox.images import loss_by_level, plot_evaluation
 from toolbox.metrics import FeatureNet, Inception, Judge, evenly_spaced
 from toolbox.models import default_model, load_model, predict_noise_of
+from toolbox.seeds import sample_seeds
 
 BATCH = 32  # images that go through the network together
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from processes import NoiseSchedule, add_noise, sample_seeds
+from processes import NoiseSchedule, add_noise
 from toolbox.data import SIZES, Data, from_uint8, load_data
 from toolbox.device import distributed, first_process_first, pick_device
 from toolbox.files import UserError, check_number, user_errors
@@ -17,6 +17,7 @@ from toolbox.images import loss_by_level, plot_training, save_grid
 from toolbox.models import PREDICTIONS, SCHEDULES, load_model, model_config
 from toolbox.muon import Muon
 from toolbox.run import Run
+from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 

@@ -14,17 +14,22 @@ from pathlib import Path
 from docs.lab import BUGS, ROOT
 from toolbox.files import UserError, check_number, user_errors
 
-TASKS = {  # file:function -> a test that it must pass
-    "processes.py:NoiseSchedule.sigmoid": "test_math.py::test_schedules",
-    "processes.py:add_noise": "test_math.py::test_add_noise_is_many_small_steps",
-    "processes.py:sample": "test_math.py::test_a_step_with_eta_1_is_the_posterior",
-    "processes.py:noise_from_velocity": "test_math.py::test_flow",
-    "unet.py:timestep_embedding": "test_math.py::test_timestep_embedding",
-    "unet.py:SelfAttention.forward": "test_math.py::test_attention",
-    "train.py:update_ema": "test_math.py::test_ema",
-    "latent_ext/guidance.py:guided": "test_math.py::test_guidance",
-    "latent_ext/vae.py:kl_divergence": "test_math.py::test_vae_bound",
-    "latent_ext/clip.py:contrastive_loss": "test_math.py::test_contrastive_loss",
+# What is left blank, and a test that it must then pass: tests/test_FILE.py::test_NAME.
+TABLE = """
+processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_their_papers
+processes.py:add_noise               processes::add_noise_is_what_many_small_steps_do
+processes.py:sample                  math::a_step_at_eta_1_is_the_posterior
+processes.py:noise_from_velocity   processes::the_right_v_and_the_right_velocity_are_the_right_noise
+unet.py:timestep_embedding           unet::the_timestep_embedding_is_its_formula_cosines_first
+unet.py:SelfAttention.forward        unet::attention_is_a_weighted_mean_over_the_pixels_of_an_image
+train.py:update_ema   train::a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema
+latent_ext/guidance.py:guided        math::guidance_follows_the_slope_of_a_sharpened_density
+latent_ext/vae.py:kl_divergence      math::the_bound_of_an_autoencoder_is_tight_where_it_can_be
+latent_ext/clip.py:contrastive_loss  math::the_contrastive_loss_is_its_formula
+"""
+TASKS = {
+    task: "tests/test_{}.py::test_{}".format(*test.split("::"))
+    for task, test in map(str.split, TABLE.strip().splitlines())
 }
 LEFT_OUT = (".*", "runs", "data", "__pycache__", "*.png", "*.gif")
 
@@ -47,12 +52,16 @@ def main() -> None:
             blank(args.folder, task)
         print(f"{args.folder}: fill in what raises NotImplementedError, and repeat this command")
         for task, test in TASKS.items():
-            print(f"  {task:38} python -m pytest tests/{test}")
+            print(f"  {task:38} python -m pytest {test}")
     else:
         file, line, instead, _ = [*BUGS.values()][args.hunt - 1]
         source = (args.folder / file).read_text("utf-8")
         (args.folder / file).write_text(source.replace(line, instead), "utf-8")
         print(f"{args.folder}: one line is wrong. Train, sample, look; then ask python -m pytest")
+
+
+def files() -> list[str]:
+    return sorted({task.split(":")[0] for task in TASKS})
 
 
 def blank(folder: Path, task: str) -> None:
@@ -75,12 +84,11 @@ def blank(folder: Path, task: str) -> None:
 def report(folder: Path) -> None:
     """Which of the tasks pass their test, in the copy?"""
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header"]
-    tests = [f"tests/{test}" for test in TASKS.values()]
-    result = subprocess.run([*command, *tests], cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([*command, *TASKS.values()], cwd=folder, capture_output=True, text=True)
     lines = result.stdout.splitlines()
     for task, test in TASKS.items():
-        outcomes = {line.split()[0] for line in lines if f" tests/{test}" in line}
-        print(f"{'done ' if outcomes == {'PASSED'} else 'to do'}  {task:38} tests/{test}")
+        outcomes = {line.split()[0] for line in lines if f" {test}" in line}
+        print(f"{'done ' if outcomes == {'PASSED'} else 'to do'}  {task:38} {test}")
 
 
 if __name__ == "__main__":

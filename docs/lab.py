@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluate import generate
-from processes import NoiseSchedule, add_noise, generators, noise_from_v, randn_like, sample
+from processes import NoiseSchedule, add_noise, noise_from_v, randn_like, sample
 from toolbox.cats import draw
 from toolbox.data import from_uint8, load_data
 from toolbox.files import user_errors
@@ -34,6 +34,7 @@ from toolbox.metrics import (
     split,
 )
 from toolbox.models import load_model, predict_noise_of
+from toolbox.seeds import generators
 from train import make_optimizers, update_ema
 from unet import UNet
 

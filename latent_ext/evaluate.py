@@ -16,11 +16,11 @@ from latent_ext.data import held_out_combination
 from latent_ext.generate import default_model, load_pipeline
 from latent_ext.pipeline import Pipeline, text_to_image
 from latent_ext.train_vae import psnr, reconstruct
-from processes import generators
 from toolbox.data import Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, user_errors
 from toolbox.metrics import FeatureNet, Inception, evenly_spaced, feature_net
+from toolbox.seeds import generators
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
 BATCH = 50  # images that go through the network together
@@ -64,17 +64,14 @@ def main() -> None:
     groups = {"all": torch.ones_like(unseen)}
     if unseen.any():
         groups = {"seen": ~unseen, "unseen": unseen} | groups
-    columns = [f"{question}, {group}" for question in ("each", "all") for group in groups]
-    print("attributes drawn right, in %: each on its own, and all of a prompt")
-    print(f"{'guidance':10}" + "".join(f"{column:>14}" for column in columns))
+    print(f"{'guidance':12}{'prompts':12}{'attributes right':>18}{'all of a prompt right':>24}")
     for scale in args.guidance:
         options = {"steps": args.steps, "eta": args.eta, "guidance_scale": scale}
         images = draw(pipeline, prompts, **options)
         right = read_labels(classifier, images, data.size) == labels  # (n, questions)
-        numbers = [
-            x[group].float().mean() for x in (right, right.all(1)) for group in groups.values()
-        ]
-        print(f"{scale:<10}" + "".join(f"{100 * x:14.1f}" for x in numbers), flush=True)
+        for name, group in groups.items():
+            each, whole = (100 * x[group].float().mean() for x in (right, right.all(1)))
+            print(f"{scale:<12}{name:12}{each:16.1f} %{whole:22.1f} %", flush=True)
         if pipeline.size == data.size and not unseen.any():  # as large and as mixed as the data
             for network in filter(None, (classifier, inception)):
                 report_distances(images, network, data)

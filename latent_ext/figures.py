@@ -21,11 +21,11 @@ from latent_ext.clip import CLIP, Tokenizer
 from latent_ext.data import unique_captions
 from latent_ext.generate import default_model, load_pipeline
 from latent_ext.pipeline import Pipeline, image_to_image, inpaint, text_to_image
-from processes import generators
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.device import pick_device
 from toolbox.files import user_errors
 from toolbox.images import save_plot, to_image
+from toolbox.seeds import generators
 
 PROMPTS = [
     "an orange tabby cat with green eyes on a blue background",
@@ -74,17 +74,14 @@ def main() -> None:
         titles.append(f"strength {strength}")
     panels(torch.stack(columns, dim=1), args.out / "strength.png", titles=[titles])
 
-    mask = torch.zeros_like(x0[:1, :1])
-    mask[..., : pipeline.size * 5 // 8, :] = 1  # the head
+    image, mask = x0[1], torch.zeros_like(x0[1, :1])
+    mask[:, : pipeline.size * 5 // 8] = 1  # the head
     prompts = [f"{head} with blue eyes on a pink background" for head in HEADS]
-    x = inpaint(
-        pipeline, prompts, x0[1:2].repeat(4, 1, 1, 1), mask.repeat(4, 1, 1, 1), **options(4)
-    )
-    row, titles = (
-        [x0[1], torch.maximum(x0[1], mask[0] * 2 - 1), *x],
-        ["the input", "white: repainted"],
-    )
-    panels([row], args.out / "inpainting.png", titles=[[*titles, *prompts]])
+    images, masks = image.repeat(4, 1, 1, 1), mask.repeat(4, 1, 1, 1)
+    row = [image, torch.maximum(image, 2 * mask - 1)]
+    row += inpaint(pipeline, prompts, images, masks, **options(4))
+    titles = ["the input", "white: redrawn", *prompts]
+    panels([row], args.out / "inpainting.png", titles=[titles])
 
 
 def options(n: int, guidance_scale: float = 3.0) -> dict:
@@ -94,10 +91,7 @@ def options(n: int, guidance_scale: float = 3.0) -> dict:
 
 @torch.no_grad()
 def show_latents(pipeline: Pipeline, x0: Tensor, path: Path) -> None:
-    """Images, each channel of their latents (from its minimum to its maximum), and reconstructions.
-
-    One row each.
-    """
+    """Rows: images, each channel of their latents from minimum to maximum, reconstructions."""
     z = pipeline.vae.encode(x0)[0]
     low, high = z.amin((0, 2, 3), keepdim=True), z.amax((0, 2, 3), keepdim=True)
     grey = F.interpolate((z - low) / (high - low) * 2 - 1, scale_factor=pipeline.downsampling)
@@ -115,13 +109,10 @@ def show_attention(pipeline: Pipeline, prompt: str, shown: Sequence[str], path: 
     maps = []
 
     def record(module: Attention, inputs: tuple[Tensor, Tensor], _: Tensor) -> None:
-        projections = module.q(inputs[0]), module.k(inputs[1])
-        q, k = (
-            rearrange(y, "b n (heads d) -> b heads n d", heads=module.heads) for y in projections
-        )
-        maps.append(
-            (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)[-1]
-        )  # the conditional half
+        q, k = module.q(inputs[0]), module.k(inputs[1])
+        q, k = (rearrange(y, "b n (heads d) -> b heads n d", heads=module.heads) for y in (q, k))
+        attention = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+        maps.append(attention[-1])  # guidance's conditional half: (heads, pixels, tokens)
 
     blocks = [block for block in pipeline.unet.modules() if isinstance(block, SpatialTransformer)]
     hook = blocks[-1].attn2.register_forward_hook(record)

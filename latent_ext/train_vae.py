@@ -21,7 +21,7 @@ from train import autocast, gradient_step, start_run
 STEPS, BATCH = 4500, 4
 CHANNELS = (16, 32, 64)
 KL_WEIGHT = 1e-6  # latents should be compact, but above all keep the image
-PREVIEW_CALLS = 1
+PREVIEW_CALLS = 2  # measured: a reconstruction, and its grid
 
 
 def train(args: argparse.Namespace, data: Data) -> None:

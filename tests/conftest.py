@@ -4,7 +4,6 @@ import functools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,10 @@ from toolbox.images import save_image, to_image
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
-TINY = {
-    "channels": (8, 16),
-    "num_res_blocks": 1,
-    "attention_levels": (False, True),
-    "heads": 2,
-    "groups": 4,
-}
+TINY = {"channels": (8, 16), "attention_levels": (False, True), "heads": 2, "groups": 4}
 FLAGS = {"--data": "photos", "--size": 16, "--batch": 4, "--out": "run", "--precision": "float32"}
 FLAGS |= {"--device": "cpu"}
-# Programs of the tests read from this pipe. Once pytest has ended, however, it is closed: they end.
+# Programs of the tests read from this pipe: it is closed once pytest has ended, and so do they.
 STDIN, _OPEN_UNTIL_PYTEST_ENDS = os.pipe()
 # The tiny training of `train_here` in a process of its own; EXTRA is code of the test.
 PROGRAM = f"""
@@ -39,6 +32,11 @@ from toolbox.files import UserError, user_errors
 from toolbox.run import Run
 from unet import UNet
 
+def training(words):  # what stands later overrules what stands before
+    sys.argv = ["train.py", *"{" ".join(f"{flag} {x}" for flag, x in FLAGS.items())}".split()]
+    sys.argv += words.split()
+    train.main()
+
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 torch.set_num_threads(1)
 toolbox.run.SAVE_EVERY = 0
@@ -46,10 +44,8 @@ train.UNet = functools.partial(UNet, **{TINY})
 train.log_samples = lambda run, predict_noise, schedule: None
 EXTRA
 with user_errors(), distributed():
-    for words in sys.argv[1:]:  # a training each; what stands later overrules what stands before
-        sys.argv = ["train.py", *"{" ".join(f"{flag} {x}" for flag, x in FLAGS.items())} ".split()]
-        sys.argv += words.split()
-        train.main()
+    for words in sys.argv[1:]:
+        training(words)
 """
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
@@ -82,7 +78,7 @@ def train_here(photos, monkeypatch, capsys):
 def call(main, monkeypatch, capsys, flags, *words):
     """main() with these flags and, overruling them, words: flag, value, ...; what it printed."""
     flags = flags | dict(zip(words[::2], words[1::2], strict=True))
-    words = [str(word) for pair in flags.items() for word in pair if word is not None]
+    words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
     monkeypatch.setattr(sys, "argv", ["program", *words])
     main()
     return capsys.readouterr().out
@@ -107,13 +103,6 @@ def start(here):
         program.communicate()
 
 
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
 def command(*words, check=True):
     """A program as a user types it: command("train.py", ...), command("-m", "latent_ext.train")."""
     program = [] if words[0] == "-m" else [str(ROOT / words[0])]
@@ -129,8 +118,8 @@ def said(main, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end, user_errors():
         main()
-    lines = [line for line in capsys.readouterr().err.splitlines() if "/s]" not in line]  # no bars
-    lines = [line for line in lines if line.strip()]
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line.strip() and "/s]" not in line]  # no progress bars
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
 
@@ -153,6 +142,10 @@ def flat(folder):
     assert len(states) == len(content["network"])  # each of the weights is one optimizer's
     tables = [content["network"], content["ema"], *states]
     return torch.cat([w.double().flatten() for table in tables for w in table.values()])
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def pixels(image):

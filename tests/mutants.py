@@ -37,9 +37,8 @@ def variants(field: str, node: ast.AST) -> list[ast.AST | None]:
         return [ast.Constant(new * value if new == 0.9 else new)]
     found = []
     if isinstance(node, ast.Call) and len(node.args) > 1:
-        found.append(
-            ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
-        )
+        one, other, *rest = node.args
+        found.append(ast.Call(node.func, [other, one, *rest], node.keywords))
     if isinstance(node, ast.UnaryOp):
         found.append(node.operand)
     if field == "test":
@@ -69,7 +68,8 @@ def mutants(source: str) -> list[tuple[str, str]]:
                         setattr(parent, field, new)
                     changed = ast.unparse(ast.fix_missing_locations(tree))
                     after = ast.unparse(parent if outer is parent else new) if new else "(nothing)"
-                    found.append((f"{outer.lineno}: {before[:70]!r} -> {after[:70]!r}", changed))
+                    if after != before:
+                        found.append((f"{outer.lineno}: {before[:70]} -> {after[:70]}", changed))
                     if isinstance(value, list):
                         value[i : i + (new is not None)] = [node]
                     else:
@@ -88,19 +88,21 @@ def passes(copy: Path, arguments: list[str], seconds: float) -> bool:
             os.dup2(null, stream)
         sys.path[0] = str(copy)
         os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
-    end, status = time.monotonic() + seconds, None
-    while status is None and time.monotonic() < end:
-        time.sleep(0.05)
-        done, code = os.waitpid(pid, os.WNOHANG)
-        status = code if done else None
-    if status is None:
-        os.killpg(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    return status == 0
+    end, ended, status = time.monotonic() + seconds, 0, -1
+    try:
+        while not ended and time.monotonic() < end:
+            time.sleep(0.05)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        return ended != 0 and status == 0
+    finally:
+        if not ended:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def main(name: str, count: str, *arguments: str) -> None:
     os.nice(10)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # the file changes faster than its date
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"

@@ -38,7 +38,7 @@ def test_a_file_is_written_whole_or_stays_as_it_was(here):
         temporary.write_text("second, hal")
         raise ZeroDivisionError
     assert path.read_text() == "first" and [*path.parent.iterdir()] == [path]
-    with pytest.raises(UserError, match="file/x: .*; check its name"), atomic_write(path / "x"):
+    with pytest.raises(UserError, match=r"file/x: .*; check its name"), atomic_write(path / "x"):
         pass
 
 

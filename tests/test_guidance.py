@@ -42,7 +42,7 @@ def test_the_scale_moves_along_a_line_from_unconditional_through_conditional(sca
 
 
 def normal_classes(mean, std):
-    """The exact predict_noise for numbers that are normal around mean[c] in class c; label 0: any."""
+    """draw(label, scale) with the exact predict_noise of N(mean[c], std) in each class c."""
     schedule = NoiseSchedule.cosine()
 
     def predict_noise(x, t, labels):
@@ -73,7 +73,7 @@ def test_scale_1_samples_the_class_and_scale_0_all_classes():
 
 
 def test_more_guidance_leaves_fewer_doubts():
-    """Two classes that overlap: the share of samples on the other one's side falls with the scale."""
+    """Two classes overlap: the share of samples on the wrong side falls with the scale."""
     draw = normal_classes(torch.tensor([-0.4, 0.4], dtype=torch.float64), 0.5)
     wrong = [(draw(2, scale) < 0).double().mean().item() for scale in (0.0, 1.0, 2.0, 4.0)]
     assert wrong[:2] == pytest.approx(
@@ -119,7 +119,7 @@ def test_everything_learns_and_config_rebuilds_the_network():
     assert all(embed.weight.grad[0].any() for embed in net.label_embedding)
     again = ClassUNet(**net.config)
     again.load_state_dict(net.state_dict())
-    assert again.config == net.config and net.config["context_width"] == 6
+    assert again.config == net.config and net.config["channels"] == [8, 16]
 
 
 COMMAS = {"food": ("eggs, fried", "eggs")}

@@ -10,19 +10,13 @@ from toolbox.muon import Muon, orthogonal
 SHAPES = [(6, 6), (5, 20), (20, 5), (1, 7), (7, 1), (1, 1), (64, 288), (288, 64)]
 
 
-def matrix(rows, columns, seed=0, smallest=0.3):
-    """Singular values from 1 down to `smallest`, and the singular vectors: (matrix, u, vh)."""
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-    u, _, vh = torch.linalg.svd(random, full_matrices=False)
-    return ((u * torch.linspace(1, smallest, len(vh))) @ vh).float(), u, vh
-
-
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_vectors_stay_and_singular_values_become_one(shape, scale):
-    start, u, vh = matrix(*shape)
-    result = orthogonal(scale * start).double()
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, _, vh = torch.linalg.svd(random, full_matrices=False)
+    matrix = (u * torch.linspace(1, 0.3, len(vh))) @ vh
+    result = orthogonal((scale * matrix).float()).double()
     values = u.T @ result @ vh.T  # diagonal, if the singular vectors are the same
     torch.testing.assert_close(values, torch.diag(values.diagonal()), atol=1e-3, rtol=0)
     torch.testing.assert_close(u @ values @ vh, result, atol=1e-3, rtol=0)  # and nothing else
@@ -70,9 +64,8 @@ def test_a_steps_numbers_are_as_large_as_adamws(shape):
 def test_equals_pytorchs_own(shape):
     """To a few percent of a step: PyTorch works in bfloat16, 8 bits, with other coefficients."""
     torch.manual_seed(0)
-    ours = matrix(*shape)[0].requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    start = ours.detach().clone()
+    start = torch.randn(shape)
+    ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     muon = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1)
     options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
     judge = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)

@@ -1,4 +1,4 @@
-"""Text to image, image to image and inpainting: latent by latent as diffusers, and their promises."""
+"""The three uses of one loop: latent by latent as diffusers, and what else they promise."""
 
 import copy
 from functools import partial
@@ -19,8 +19,9 @@ from latent_ext.clip import END, START, UNKNOWN, TextEncoder, Tokenizer
 from latent_ext.guidance import ClassUNet, guided
 from latent_ext.pipeline import ClassPipeline, Pipeline, image_to_image, inpaint, text_to_image
 from latent_ext.vae import VAE
-from processes import NoiseSchedule, generators, noise_from_v, randn_like, sample_seeds
+from processes import NoiseSchedule, noise_from_v, randn_like
 from toolbox.files import UserError
+from toolbox.seeds import generators, sample_seeds
 from unet import UNet
 
 PROMPTS = ["an orange cat with green eyes", "a black dog"]
@@ -30,7 +31,7 @@ LIKE_THE_TOY = {
     "prediction": "v_prediction",
     "spacing": "trailing",
 }
-BOTH = pytest.mark.parametrize("like", [LIKE_STABLE_DIFFUSION, LIKE_THE_TOY], ids=["sd", "toy"])
+NINE = dict(LIKE_STABLE_DIFFUSION)  # with nine channels: a U-Net trained for inpainting
 WHITE = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1))  # not in cells of 4x4
 
 
@@ -57,116 +58,98 @@ def images(n=2, size=32, seed=0):
     return torch.randint(0, 257, (n, 3, size, size), generator=generator).double() / 128 - 1
 
 
-def same_as_diffusers(draw, kind, like, in_channels=4, steps=5, **settings):
-    """draw(pipeline, ...) is ours. Compares the latents after each step, and returns the images."""
-    (unet, vae, text), theirs, tokenizer = networks(in_channels)
-    pipeline = Pipeline(unet, vae, text, tokenizer, size=32, **like)
-    leading = pipeline.spacing == "leading"
+def judge(kind, pipeline, theirs):
+    """diffusers' pipeline, with their networks."""
+    leading, alpha_bar = pipeline.spacing == "leading", pipeline.schedule.alpha_bar.double()
     scheduler = DDIMScheduler(
         timestep_spacing=pipeline.spacing,
         prediction_type=pipeline.prediction,
         steps_offset=int(leading),
         clip_sample=False,
     )
-    scheduler.alphas_cumprod = pipeline.schedule.alpha_bar.double()
-    last = scheduler.alphas_cumprod[0] if leading else torch.tensor(1.0, dtype=torch.float64)
-    scheduler.final_alpha_cumprod = last
+    scheduler.alphas_cumprod = alpha_bar
+    scheduler.final_alpha_cumprod = alpha_bar[0] if leading else torch.ones((), dtype=torch.float64)
+    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(pipeline.tokenizer.rules),
+        model_max_length=pipeline.tokenizer.length,
+        **special,
+    )
     theirs[0].register_to_config(sample_size=8)
     theirs[1].register_to_config(scaling_factor=0.4)
-    judge = kind(
-        **dict(zip(("unet", "vae", "text_encoder"), theirs, strict=True)),
-        tokenizer=PreTrainedTokenizerFast(
-            tokenizer_object=copy.deepcopy(tokenizer.rules),
-            **{"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN},
-            model_max_length=tokenizer.length,
-        ),
-        scheduler=scheduler,
-        **{"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    )
+    networks = dict(zip(("unet", "vae", "text_encoder"), theirs, strict=True))
+    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    judge = kind(**networks, tokenizer=tokenizer, scheduler=scheduler, **without)
     judge.set_progress_bar_config(disable=True)
-    mine, expected = [], []
-
-    def on_step(z, t_prev, x0):
-        mine.append(z)
-        return z
-
-    def their_step(pipe, i, t, tensors):
-        expected.append(tensors["latents"])
-        return tensors
-
-    result = draw(pipeline, steps=steps, on_step=on_step, generator=generators([0, 1]))
-    their_settings = settings.pop("their", lambda pipeline: {})(pipeline)
-    judged = judge(
-        prompt=PROMPTS,
-        num_inference_steps=steps,
-        generator=generators([0, 1]),
-        output_type="pt",
-        callback_on_step_end=their_step,
-        **settings | their_settings,
-    ).images
-    assert len(mine) == len(expected) > 0
-    assert all(error(z, z_judged) < 1e-9 for z, z_judged in zip(mine, expected, strict=True))
-    assert ((judged > 0) & (judged < 1)).double().mean() > 0.1 and judged.std() > 0.05
-    return result / 2 + 0.5, judged
+    return judge
 
 
-@BOTH
-@pytest.mark.parametrize(
-    ("scale", "negative", "eta"), [(1, "", 0), (7.5, "", 0), (3, "green dog", 0), (3, "a cat", 1)]
-)
-def test_text_to_image_equals_diffusers(like, scale, negative, eta):
-    settings = {"guidance_scale": scale, "eta": eta}
-    draw = partial(text_to_image, prompts=PROMPTS, negative=negative, **settings)
-    their = {"negative_prompt": [negative] * 2, "height": 32, "width": 32}
-    result, expected = same_as_diffusers(draw, StableDiffusionPipeline, like, **settings | their)
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-8)
-
-
-@BOTH
-@pytest.mark.parametrize(("strength", "eta"), [(0.2, 0), (0.75, 0), (0.75, 1)])
-def test_image_to_image_equals_diffusers(like, strength, eta):
-    settings = {"guidance_scale": 3, "strength": strength, "eta": eta}
-    draw = partial(image_to_image, prompts=PROMPTS, images=images(), negative="green", **settings)
-    their = {"negative_prompt": ["green"] * 2, "image": images() / 2 + 0.5}
-    result, expected = same_as_diffusers(
-        draw, StableDiffusionImg2ImgPipeline, like, **settings | their
-    )
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-8)
-
-
-def trained_for_it(pipeline):
-    """diffusers draws its random numbers in another order: give it what ours are."""
-    drawn = generators([0, 1])
-    with torch.no_grad():
-        z0 = pipeline.encode(images(), drawn)
-        around = pipeline.encode(images() * (WHITE < 0.5), drawn)
-    return {"image": z0, "masked_image_latents": around, "latents": randn_like(z0, drawn)}
+SD, TOY, SEEDS = LIKE_STABLE_DIFFUSION, LIKE_THE_TOY, [0, 1]
+SIZE = {"height": 32, "width": 32}
+KINDS = {
+    text_to_image: (StableDiffusionPipeline, SIZE),
+    image_to_image: (StableDiffusionImg2ImgPipeline, {"image": images() / 2 + 0.5}),
+    inpaint: (
+        StableDiffusionInpaintPipeline,
+        SIZE | {"image": images() / 2 + 0.5, "mask_image": WHITE},
+    ),
+}
+GIVEN = {text_to_image: (), image_to_image: (images(),), inpaint: (images(), WHITE)}
 
 
 @pytest.mark.parametrize(
-    ("like", "in_channels", "strength", "scale"),
+    ("draw", "settings", "likes"),
     [
-        (LIKE_STABLE_DIFFUSION, 4, 1.0, 3),
-        (LIKE_STABLE_DIFFUSION, 4, 0.6, 1),
-        (LIKE_STABLE_DIFFUSION, 9, 1.0, 3),
-        (LIKE_THE_TOY, 4, 1.0, 3),
-        (LIKE_THE_TOY, 4, 0.6, 3),
+        (text_to_image, {"guidance_scale": 1}, [SD, TOY]),
+        (text_to_image, {"guidance_scale": 7.5}, [SD, TOY]),
+        (text_to_image, {"guidance_scale": 3, "negative": "green dog"}, [SD, TOY]),
+        (text_to_image, {"guidance_scale": 3, "negative": "a cat", "eta": 1}, [SD, TOY]),
+        (image_to_image, {"guidance_scale": 3, "strength": 0.2}, [SD, TOY]),
+        (image_to_image, {"guidance_scale": 3, "strength": 0.75, "eta": 1}, [SD, TOY]),
+        (inpaint, {"guidance_scale": 1, "strength": 0.6}, [SD, TOY]),
+        (inpaint, {"guidance_scale": 3, "strength": 1.0}, [SD, TOY, NINE]),
     ],
 )
-def test_inpainting_equals_diffusers_and_keeps_every_pixel_outside(
-    like, in_channels, strength, scale
-):
-    settings = {"guidance_scale": scale, "strength": strength}
-    draw = partial(inpaint, prompts=PROMPTS, images=images(), masks=WHITE, **settings)
-    their = {"image": images() / 2 + 0.5, "mask_image": WHITE, "height": 32, "width": 32}
-    if in_channels == 9:
-        their |= {"their": trained_for_it}
-    result, expected = same_as_diffusers(
-        draw, StableDiffusionInpaintPipeline, like, in_channels, **settings | their
-    )
-    white = WHITE.expand_as(result) >= 0.5
-    torch.testing.assert_close(result[white], expected[white], rtol=0, atol=1e-8)
-    assert torch.equal(result[~white], (images() / 2 + 0.5)[~white])  # diffusers does not
+@torch.no_grad()
+def test_every_latent_is_that_of_diffusers(draw, settings, likes):
+    for like in likes:
+        ours, theirs, tokenizer = networks(9 if like is NINE else 4)
+        pipeline = Pipeline(*ours, tokenizer, size=32, **like)
+        kind, given = KINDS[draw]
+        if like is NINE:  # diffusers draws its random numbers in another order: give it ours
+            drawn = generators(SEEDS)
+            z0 = pipeline.encode(images(), drawn)
+            around = pipeline.encode(images() * (WHITE < 0.5), drawn)
+            noise = randn_like(z0, drawn)
+            given = given | {"image": z0, "masked_image_latents": around, "latents": noise}
+        mine, expected = [], []
+        result = draw(
+            pipeline,
+            PROMPTS,
+            *GIVEN[draw],
+            steps=5,
+            generator=generators(SEEDS),
+            on_step=lambda z, t_prev, x0, mine=mine: mine.append(z) or z,
+            **settings,
+        )
+        judged = judge(kind, pipeline, theirs)(
+            prompt=PROMPTS,
+            negative_prompt=[settings.get("negative", "")] * 2,
+            num_inference_steps=5,
+            generator=generators(SEEDS),
+            output_type="pt",
+            callback_on_step_end=lambda pipe, i, t, x, seen=expected: (
+                seen.append(x["latents"]) or x
+            ),
+            **given,
+            **{name: value for name, value in settings.items() if name != "negative"},
+        ).images
+        assert len(mine) == len(expected) > 0
+        assert all(error(z, judged_z) < 1e-9 for z, judged_z in zip(mine, expected, strict=True))
+        white = (WHITE if draw is inpaint else torch.ones_like(WHITE)).expand_as(judged) >= 0.5
+        torch.testing.assert_close((result / 2 + 0.5)[white], judged[white], rtol=0, atol=1e-8)
+        assert torch.equal(result[~white], images()[~white])  # diffusers leaves this to its user
+        assert ((judged > 0) & (judged < 1)).double().mean() > 0.1 and judged.std() > 0.05
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7, 50, 999])

@@ -1,243 +1,149 @@
-"""`python sample.py`: a grid, single pictures, a GIF; the same seed gives the same picture, whoever stands beside it."""
-
-import hashlib
-import sys
-import zipfile
+"""`python sample.py`: a grid, single images, a GIF; and bad input of train.py and sample.py."""
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import FLAGS, TINY, call, command, pixels, said
 from PIL import Image
-from test_train import Evil, said
 from torchvision.transforms.functional import pil_to_tensor
 
 import sample
-import toolbox.models
-from processes import NoiseSchedule
-from toolbox.models import READY, card, load_model, save_model
-from toolbox.pictures import grid, to_image
+import train
+from processes import NoiseSchedule, randn_like
+from toolbox.files import UserError
+from toolbox.images import grid, to_image
+from toolbox.models import load_model, model_config, predict_noise_of, save_model
+from toolbox.seeds import generators
 from unet import UNet
 
 
 @pytest.fixture
 def draw_here(here, monkeypatch, capsys):
-    """draw_here("--n", 3) draws with a tiny, random network in this process; returns what was printed."""
+    """draw_here("--n", 3) samples with a tiny, random network; returns what was printed."""
     torch.manual_seed(0)
     network = UNet(**TINY)
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    save_model(here / "tiny.pt", network, card(network, NoiseSchedule.linear(), 8, "nothing"))
-
-    def run(*arguments):
-        given = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        defaults = {"--model": "tiny.pt", "--steps": 4, "--device": "cpu"}
-        monkeypatch.setattr(sys, "argv", ["sample.py", *(str(word) for pair in (defaults | given).items() for word in pair)])
-        sample.main()
-        return capsys.readouterr().out
-
-    return run
+    for w in network.parameters():
+        torch.nn.init.normal_(w, std=0.1)
+    config = model_config(network, NoiseSchedule.linear(), 8, "nothing")
+    save_model(here / "tiny.pt", network, config)
+    flags = {"--model": "tiny.pt", "--steps": 4, "--device": "cpu"}
+    return lambda *words: call(sample.main, monkeypatch, capsys, flags, *words)
 
 
-def pixels(image):
-    """(3, height, width), 0 .. 255, of a file or of an opened image."""
-    image = image if isinstance(image, Image.Image) else Image.open(image)
-    return pil_to_tensor(image.convert("RGB")).float()
-
-
-def test_same_seed_same_file_and_another_seed_another(draw_here, here):
-    draw_here("--n", 5, "--out", "a.png", "--gif", "a.gif")
-    draw_here("--n", 5, "--out", "b.png", "--gif", "b.gif")
-    draw_here("--n", 5, "--out", "c.png", "--seed", 5)
-    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes() != (here / "c.png").read_bytes()
-    assert (here / "a.gif").read_bytes() == (here / "b.gif").read_bytes()
-
-
-def test_a_picture_is_the_same_whatever_n_seed_and_chunk(draw_here, here, monkeypatch):
+def test_an_image_depends_on_its_seed_alone(draw_here, here, monkeypatch):
     draw_here("--n", 9, "--out", "all")
     draw_here("--n", 1, "--seed", 7, "--out", "one")
-    monkeypatch.setattr(sample, "CHUNK", 2)
-    draw_here("--n", 9, "--out", "chunks")
+    draw_here("--n", 1, "--seed", 7, "--out", "one.png")
+    monkeypatch.setattr(sample, "BATCH", 2)
+    draw_here("--n", 9, "--out", "again")
     assert sorted(p.name for p in (here / "all").iterdir()) == [f"{i:06}.png" for i in range(9)]
-    assert (pixels(here / "all/000007.png") - pixels(here / "one/000007.png")).abs().max() <= 1  # to rounding
-    for i in range(9):
-        assert (pixels(here / f"all/{i:06}.png") - pixels(here / f"chunks/{i:06}.png")).abs().max() <= 1
-    assert (pixels(here / "all/000007.png") - pixels(here / "all/000006.png")).abs().max() > 20
+    seven = pixels(here / "all/000007.png")
+    for same in ("one/000007.png", "one.png", "again/000007.png"):
+        assert (pixels(here / same) - seven).abs().max() <= 1  # to rounding; not enlarged
+    assert (pixels(here / "all/000006.png") - seven).abs().max() > 20
 
 
-def test_a_grid_shows_every_picture_enlarged_by_whole_pixels(draw_here, here):
+def test_the_flags_reach_the_loop(draw_here, here):
+    network, schedule, config = load_model("tiny.pt")
+    x = randn_like(torch.empty(1, 3, 8, 8), generators([3]))
+    predict_noise = predict_noise_of(network, schedule, config)
+    out = draw_here("--n", 1, "--seed", 3, "--eta", 0, "--steps", 8, "--out", "eta0.png")
+    x0 = sample.sample_seeds(predict_noise, (3, 8, 8), [3], schedule, steps=8, eta=0, clip_x0=True)
+    assert torch.equal(pixels(to_image(x0[0])), pixels(here / "eta0.png")) and not torch.equal(
+        x, x0
+    )
+    assert "1 images of 8x8 pixels by tiny.pt, trained on nothing" in out and "eta0.png" in out
+    draw_here("--n", 1, "--seed", 3, "--steps", 8, "--out", "eta1.png")
+    x0 = sample.sample_seeds(predict_noise, (3, 8, 8), [3], schedule, steps=8, eta=1, clip_x0=True)
+    assert torch.equal(pixels(to_image(x0[0])), pixels(here / "eta1.png"))
+
+
+def test_a_grid_shows_every_image_enlarged_by_whole_pixels_and_the_gif_ends_with_it(
+    draw_here, here
+):
+    draw_here("--n", 3, "--out", "single", "--gif", "steps.gif")
     draw_here("--n", 3, "--out", "grid.png")
-    draw_here("--n", 3, "--out", "single")
-    image = Image.open(here / "grid.png")
-    factor = 96 // 8
-    assert image.size == (2 * (8 * factor + 2) + 2, 2 * (8 * factor + 2) + 2)
-    for i, (left, top) in enumerate([(2, 2), (8 * factor + 4, 2), (2, 8 * factor + 4)]):
-        cell = image.crop((left, top, left + 8 * factor, top + 8 * factor)).resize((8, 8), Image.Resampling.NEAREST)
+    image, side = Image.open(here / "grid.png"), 96
+    assert image.size == (2 * (side + 2) + 2, 2 * (side + 2) + 2)
+    for i, (left, top) in enumerate([(2, 2), (side + 4, 2), (2, side + 4)]):
+        cell = image.crop((left, top, left + side, top + side)).resize((8, 8), Image.Resampling.BOX)
         assert torch.equal(pixels(cell), pixels(here / f"single/{i:06}.png"))
-
-
-def test_the_gif_goes_from_noise_to_the_grid(draw_here, here):
-    draw_here("--n", 4, "--steps", 6, "--out", "grid.png", "--gif", "way.gif")
-    with Image.open(here / "way.gif") as gif:
-        assert gif.n_frames == 6
-        gif.seek(5)
-        last = pixels(gif)
+    with Image.open(here / "steps.gif") as gif:
+        assert gif.n_frames == 4 and gif.info["duration"] == 1000 and gif.info["loop"] == 0
+        first = pixels(gif)
+        gif.seek(3)
         assert gif.info["duration"] == 2000  # the result stays for a moment
-    assert (last - pixels(here / "grid.png")).abs().mean() < 12  # a GIF has few colours
-
-
-def test_steps_and_eta_reach_the_loop(draw_here, here):
-    for name, words in {"a": [], "b": ["--steps", 8], "c": ["--eta", 0]}.items():
-        draw_here("--n", 2, "--out", f"{name}.png", *words)
-    files = {(here / f"{name}.png").read_bytes() for name in "abc"}
-    assert len(files) == 3
+        assert (pixels(gif) - pixels(image)).abs().mean() < 12  # a GIF has few colours
+        assert (first - pixels(image)).abs().mean() > 20
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_keep_their_colours(channels):
-    picture = torch.linspace(-1, 1, 16 * channels).view(channels, 4, 4)
-    back = pil_to_tensor(to_image(picture)) / 127.5 - 1
-    torch.testing.assert_close(back, picture, atol=1 / 255, rtol=0)
-    assert grid(picture.repeat(5, 1, 1, 1)).size == (3 * 98 + 2, 2 * 98 + 2)
+def test_images_keep_their_colours_and_nan_is_no_colour(channels):
+    image = torch.linspace(-1, 1, 16 * channels).view(channels, 4, 4)
+    back = pil_to_tensor(to_image(image)) / 127.5 - 1
+    torch.testing.assert_close(back, image, atol=1 / 255, rtol=0)
+    assert grid(image[None]).size == (4, 4) and grid(image[None]).mode in ("L", "RGB")
+    assert grid(image.repeat(5, 1, 1, 1)).size == (3 * 98 + 2, 2 * 98 + 2)
+    assert grid(image.repeat(5, 1, 1, 1), columns=5).size == (5 * 98 + 2, 98 + 2)
+    image[0, 2, 1] = torch.nan
+    with pytest.raises(UserError, match="has NaN in it"):
+        to_image(image)
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--n", "0"], "--n 0: expected 1 or more"),
-        (["--n", "-1"], "--n -1: expected 1 or more"),
-        (["--steps", "0"], "expected 1 to 1000 steps"),
-        (["--steps", "2000"], "expected 1 to 1000 steps, as the schedule has 1000, got 2000"),
-        (["--eta", "2"], "--eta 2.0: expected 0 to 1"),
-        (["--eta", "nan"], "--eta nan: expected 0 to 1"),
-        (["--seed", "-1"], "--seed -1: expected 0 to"),
-        (["--seed", str(2**32)], f"--seed {2**32}: expected 0 to"),
-        (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
-        (["--out", "cats.jpg"], "--out cats.jpg: expected a name that ends in .png"),
-        (["--out", "folder.png"], "folder.png: expected a file, this is a folder; use another name"),
-        (["--out", "a_file"], "a_file: expected a folder, this is a file; use another name"),
-        (["--out", "a_file/cats.png"], "a_file: expected a folder, this is a file; use another name"),
-        (["--gif", "way.mp4"], "--gif way.mp4: expected a name that ends in .gif"),
-        (["--gif", "a_file/way.gif"], "a_file: expected a folder, this is a file; use another name"),
-        (["--model", "catz"], "--model catz: no such file and no ready model; did you mean cats?"),
-        (["--model", "folder.png"], "--model folder.png: expected a file, this is a folder; is it folder.png/model.pt?"),
-    ],
-)
-def test_bad_input_gets_one_sentence(draw_here, here, capsys, words, told):
-    (here / "folder.png").mkdir()
-    (here / "a_file").write_text("kept")
-    assert told in said(lambda: draw_here("--out", "out.png", *words), capsys)
-    assert sorted(path.name for path in here.iterdir()) == ["a_file", "folder.png", "tiny.pt"]
-    assert (here / "a_file").read_text() == "kept" and not list((here / "folder.png").iterdir())
-
-
-def changed(**entries):
-    return lambda content: content | entries
-
-
-def without(name):
-    return lambda content: {other: entry for other, entry in content.items() if other != name}
-
-
-def network(**entries):
-    return lambda content: content | {"network": content["network"] | entries}
-
-
-def weights(change):
-    return lambda content: content | {"weights": {name: change(w) for name, w in content["weights"].items()}}
-
-
-KIND, WHOLE, FIT = (
-    "expected a model.pt of this project",
-    "expected a file that torch.save wrote whole",
-    "its entries do not fit",
-)
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b"", WHOLE),
-        (b"some text\nof two lines", WHOLE),
-        (b"\x89PNG\r\n\x1a\n and so on", WHOLE),
-        (lambda whole: whole[: len(whole) // 2], WHOLE),
-        (lambda whole: whole[:-1], WHOLE),
-        ("a zip", WHOLE),
-        ({"weight": torch.zeros(3)}, KIND),
-        ([1, 2], KIND),
-        (torch.zeros(3), KIND),
-        ({"format": torch.zeros(3), "network": {}}, KIND),
-        ({"settings": {}}, "expected a model.pt, this is what a run goes on from; use the model.pt beside it"),
-        (changed(format=99), KIND),
-        (changed(format=1), KIND),  # its network predicted the noise, not v
-        (changed(network=3), FIT),
-        (network(widths=[8, 8]), FIT),
-        (network(widths=[10**6, 10**6]), FIT),  # would need 36 TB
-        (network(widths=[]), FIT),
-        (network(heads=0), FIT),
-        (network(groups=0), FIT),
-        (network(unknown=1), FIT),
-        (network(attention_block="exec"), FIT),
-        (changed(channels=1), FIT),
-        (changed(size=0), FIT),
-        (changed(size="8"), FIT),
-        (changed(weights=None), FIT),
-        (weights(lambda w: w * float("nan")), FIT),
-        (weights(lambda w: w[:1]), FIT),
-        *[(changed(schedule={"name": name, "T": 9}), FIT) for name in ("__init__", "__class__", "from_betas", "sine", [])],
-        *[(changed(schedule={"name": "linear", "T": T}), FIT) for T in (0, -1, 10**12, "9", None)],
-        *[(without(name), FIT) for name in ("weights", "size", "channels", "schedule")],
-        (without("network"), KIND),
-    ],
-)
-def test_a_file_that_is_no_model_gets_one_sentence(draw_here, here, capsys, content, told):
-    path, tiny = here / "bad.pt", here / "tiny.pt"
-    if content == "a zip":
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("a.txt", "text")
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    elif callable(content) and told == WHOLE:
-        path.write_bytes(content(tiny.read_bytes()))
-    else:
-        torch.save(content(torch.load(tiny, weights_only=True)) if callable(content) else content, path)
-    assert f"bad.pt: {told}" in said(lambda: draw_here("--model", "bad.pt"), capsys)
-    assert sorted(file.name for file in here.iterdir()) == ["bad.pt", "tiny.pt"]
-
-
-def test_nothing_that_a_file_contains_is_executed(draw_here, here, capsys):
-    torch.save(Evil(), here / "evil.pt")
-    assert f"evil.pt: {WHOLE}" in said(lambda: draw_here("--model", "evil.pt"), capsys)
-    assert not (here / "executed").exists()
-    torch.load(here / "evil.pt", weights_only=False)
-    assert (here / "executed").exists()  # so the file is as bad as it was meant to be
-
-
-def test_the_ready_model_draws_at_once_in_a_fresh_folder(here):
-    """What a newcomer types first; few steps and pictures here, the default is timed in benchmark.py."""
+def test_own_model_first_and_the_ready_model_in_a_fresh_folder(draw_here, here):
+    """What a newcomer types first; few steps and images here."""
     result = command("sample.py", "--n", 2, "--steps", 3, "--device", "cpu")
-    assert "by the model cats" in result.stdout and (here / "samples.png").exists()
-    network, schedule, about = load_model("cats")
-    assert about["size"] == 32 and about["data"] == "cats" and schedule.T == 1000
-    assert network.config == UNet().config  # the default toy
-    assert (READY / "cats.pt").stat().st_size < 16e6
+    assert "by cats" in result.stdout and pixels(here / "samples.png").shape == (3, 100, 198)
+    (here / "runs/cats").mkdir(parents=True)
+    (here / "tiny.pt").rename(here / "runs/cats/model.pt")
+    assert "by runs/cats/model.pt" in draw_here("--model", None, "--n", 1)
 
 
-def test_a_ready_model_that_was_changed_is_refused(draw_here, here, monkeypatch, capsys):
-    """Whole and well-formed, but not the file whose checksum is listed. A file that is not listed is the user's own."""
-    ready = here / "models"
-    ready.mkdir()
-    model = (here / "tiny.pt").read_bytes()
-    (ready / "README.md").write_text(
-        f"| file | checksum |\n|---|---|\n| `kitten.pt` | a cat | `{hashlib.sha256(model).hexdigest()}` |\n"
-    )
-    monkeypatch.setattr(toolbox.models, "READY", ready)
-    for name in ("kitten.pt", "own.pt"):
-        (ready / name).write_bytes(model)
-    draw_here("--model", "kitten")
-    content = torch.load(here / "tiny.pt", weights_only=True)
-    content["weights"]["conv.bias"] += 1
-    for name in ("kitten.pt", "own.pt"):
-        torch.save(content, ready / name)
-    for way in ("kitten", "models/kitten.pt"):
-        assert "kitten.pt: expected the ready model that" in said(lambda way=way: draw_here("--model", way), capsys)
-    draw_here("--model", "own")
+@pytest.mark.parametrize(
+    ("program", "words", "told"),
+    [
+        *[("both", f"--seed {n}", f"--seed {n}: expected 0 to 42949") for n in (-1, 2**32, 10**30)],
+        *[("both", f"--steps {n}", f"--steps {n}: expected 1") for n in (0, -1)],
+        ("both", "--device tpu9", "--device tpu9: this machine has no such device"),
+        ("both", "--device meta", "--device meta: this machine has no such device"),
+        ("both", "--model catz", "--model catz: no such model file; did you mean cats?"),
+        ("both", "--model photos/0.png", "0.png: expected a file of torch.save"),
+        ("both", "--out a_file/below", "a_file/below"),
+        ("train", "--data nowhere", "--data nowhere: no such folder and no data of that name"),
+        ("train", "--data empty", "empty: expected"),
+        ("train", "--data broken", "none of the 1 files is"),
+        ("train", "--size 0", "--size 0: expected 1"),
+        ("train", "--batch 0", "--batch 0: expected 1 to 1048576"),
+        ("train", f"--batch {2**20 + 1}", "expected 1 to 1048576"),
+        ("train", "--out a_file", "a_file: File exists; check its name"),
+        ("train", "--model grey.pt", "--model grey.pt: expected data of 1 channels, got 3"),
+        ("sample", "--steps 1001", "--steps 1001: expected 1 to 1000"),
+        *[("sample", f"--n {n}", f"--n {n}: expected 1 to 1024") for n in (0, -1, 1025)],
+        ("sample", "--n 5000000000 --out folder", "expected 1 to 2147483648"),
+        *[("sample", f"--eta {x}", f"--eta {x}: expected 0 to 1") for x in ("2.0", "-0.1", "nan")],
+        ("sample", "--out ", "--out: expected a name that ends in .png"),
+        ("sample", "--out empty.png", "empty.png: Is a directory"),
+        ("sample", "--gif way.mp4", "--gif way.mp4: expected a name that ends in .gif"),
+        ("sample", "--gif a_file/way.gif", "a_file/way.gif"),
+        ("sample", "--model empty", "--model empty: no such model file"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(
+    draw_here, photos, here, capsys, monkeypatch, program, words, told
+):
+    for folder in ("empty", "empty.png", "broken"):
+        (here / folder).mkdir()
+    (here / "broken/cat.png").write_bytes(b"no image")
+    (here / "a_file").write_text("kept")
+    grey = UNet(1, 1, **TINY)
+    save_model(here / "grey.pt", grey, model_config(grey, NoiseSchedule.linear(), 8, "nothing"))
+    before = sorted(here.rglob("*"))
+    flag, value, *more = words.split(" ")
+    for name in ("train", "sample") if program == "both" else (program,):
+        main, flags = {
+            "train": (train.main, FLAGS | {"--out": "new"}),
+            "sample": (sample.main, {"--model": "tiny.pt", "--device": "cpu", "--out": "new.png"}),
+        }[name]
+        run = lambda: call(main, monkeypatch, capsys, flags, flag, value, *more)  # noqa: B023, E731
+        assert told in said(run, capsys)
+    after = [path for path in sorted(here.rglob("*")) if "data" not in path.parts]  # the cache
+    assert after == before and (here / "a_file").read_text() == "kept"

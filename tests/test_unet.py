@@ -6,12 +6,7 @@ from diffusers import UNet2DModel
 
 from unet import ResBlock, SelfAttention, UNet, timestep_embedding
 
-SMALL = {
-    "channels": (16, 32, 32),
-    "attention_levels": (False, True, True),
-    "heads": 4,
-    "groups": 8,
-}
+SMALL = {"channels": (16, 32, 32), "attention_levels": (False, True, True), "heads": 4, "groups": 8}
 RES = {"t_proj": "time_emb_proj", "shortcut": "conv_shortcut"}
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
@@ -41,29 +36,29 @@ def pair(**config):
     for w in theirs.parameters():
         w.data.fill_(torch.nan)  # whatever gets no weight shows
 
-    def copy(mine, other, names=None):
-        state = {}
-        for name, w in mine.state_dict().items():
-            part, dot, kind = name.rpartition(".")
-            state[(names or {}).get(part, part) + dot + kind] = w
+    def copy(mine, other, names):
+        parts = [(*name.rpartition("."), w) for name, w in mine.state_dict().items()]
+        state = {f"{names.get(part, part)}.{kind}".lstrip("."): w for part, _, kind, w in parts}
         other.load_state_dict(state)
 
-    blocks = [*ours.down, *ours.mid, *ours.up]
     stages = [*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks]
-    attentions = [a for s in stages for a in getattr(s, "attentions", None) or []]
-    res = [r for s in stages for r in s.resnets]
-    samplers = [getattr(s, "downsamplers", None) or getattr(s, "upsamplers", None) for s in stages]
-    convs = [block.resample for block in blocks if block.resample is not None]
-    for block, other in zip([b for b in blocks if b.res is not None], res, strict=True):
-        copy(block.res, other, RES)
-    for block, other in zip([b for b in blocks if b.attn is not None], attentions, strict=True):
-        copy(block.attn, other, ATTENTION)
-    for mine, other in zip(convs, [s for some in samplers for s in some or []], strict=True):
-        copy(getattr(mine, "conv", mine), other.conv)
+    blocks = [*ours.down, *ours.mid, *ours.up]
+    for kind, lists, names in (
+        ("res", ["resnets"], RES),
+        ("attn", ["attentions"], ATTENTION),
+        ("resample", ["downsamplers", "upsamplers"], {"": "conv"}),
+    ):
+        mine = [getattr(block, kind) for block in blocks if getattr(block, kind) is not None]
+        other = [part for s in stages for name in lists for part in getattr(s, name, None) or []]
+        for one, judge in zip(mine, other, strict=True):
+            copy(one, judge, names)
     copy(ours.t_mlp, theirs.time_embedding, {"0": "linear_1", "2": "linear_2"})
-    copy(ours.conv_in, theirs.conv_in)
-    copy(ours.norm_out, theirs.conv_norm_out)
-    copy(ours.conv_out, theirs.conv_out)
+    for name, other in {
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+    }.items():
+        copy(getattr(ours, name), getattr(theirs, other), {})
     return ours, theirs
 
 
@@ -124,28 +119,13 @@ def test_at_first_each_block_passes_its_input_on_and_the_network_ignores_it():
     assert zeros == {name for name, _ in network.named_parameters() if name.endswith(ends)}
 
 
-def test_every_weight_learns():
-    network, _ = pair(**SMALL)
-    network(torch.randn(2, 3, 16, 16).double(), torch.tensor([1, 500])).square().sum().backward()
-    for name, w in network.named_parameters():
-        if not name.endswith("k.bias"):  # softmax does not feel a constant added to all keys
-            assert w.grad.abs().max() > 0, name
-
-
 def test_the_configuration_rebuilds_the_network():
     network = UNet(1, 2, (8, 16), 2, (True, False), 4, 8)
     again = UNet(**network.config)
     again.load_state_dict(network.state_dict())
     assert again.config == network.config and network.config["channels"] == [8, 16]
-    assert UNet().config == {
-        "in_channels": 3,
-        "out_channels": 3,
-        "channels": [32, 64, 128, 128],
-        "num_res_blocks": 1,
-        "attention_levels": [False, False, True, False],
-        "heads": 2,
-        "groups": 1,
-    }
+    toy = (3, 3, [32, 64, 128, 128], 1, [False, False, True, False], 2, 1)
+    assert tuple(UNet().config.values()) == toy
 
 
 @pytest.mark.parametrize("size", [(28, 28), (7, 30), (1, 2)])

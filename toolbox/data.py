@@ -147,11 +147,11 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     others = [path.suffix for path in files if path.suffix.lower() not in {*SUFFIXES, ".txt"}]
     counts = ", ".join(f"{n} {suffix}" for suffix, n in sorted(Counter(others).items()))
-    found = f"{folder}: {len(images)} images; not read: {counts or 'nothing'}"
+    found = f"{folder}: {len(images)} images" + (f"; not read: {counts}" if counts else "")
     if len(images) < HELD_OUT_EVERY:
         found += f"; expected {HELD_OUT_EVERY} or more, to hold one out"
         if held_out or not images:
-            raise UserError(f"{found}, of these kinds: {', '.join(SUFFIXES)}")
+            raise UserError(f"{found}, of these kinds: {', '.join(sorted(SUFFIXES))}")
     sub_folders = {path: path.parts[0] if len(path.parts) > 1 else "" for path in images}
     names = tuple(sorted({*sub_folders.values()}))
     classes = {"class": names} if len(names) > 1 and "" not in names else {}
@@ -160,7 +160,8 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
             raise UserError(f"{folder / name}: a class cannot have this name; rename the folder")
 
     def samples() -> Iterator[Sample]:
-        tqdm.write(printable(found))
+        if not held_out:
+            tqdm.write(printable(found))
         part = [path for i, path in enumerate(images) if (i % HELD_OUT_EVERY == 15) == held_out]
         for path in tqdm(part, desc="reading images", leave=False):
             name, text = sub_folders[path], path.with_suffix(".txt")

@@ -130,7 +130,7 @@ def train_feature_net(data: Data, steps: int = 600, batch: int | None = None) ->
         for step in tqdm(range(steps), desc="training the classifier", leave=False):
             if step == 5:
                 minutes = (time.perf_counter() - start) / 5 * steps / 60
-                tqdm.write(f"training a classifier, once for this data: {minutes:.1f} minutes")
+                tqdm.write(f"training a classifier, once for this data: about {minutes:.1f} min")
             optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, 1 - step / steps)
             place = torch.randint(len(order), (batch,))
             chosen, partners = order[place], order[place - 1]
