@@ -107,7 +107,7 @@ def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, s
 
     pairs = processes.timestep_pairs(schedule.T, 12)[skip:]
     generator = torch.Generator().manual_seed(0)
-    x0, z, *fresh = (draw(generator) for _ in range(2 + len(pairs)))
+    x0, z, *fresh = (draw(generator) for _ in range(1 + len(pairs)))
     x, _ = processes.add_noise(x0, torch.tensor([pairs[0][0]]), schedule, z)
     generator.manual_seed(0)
     draw(generator), draw(generator)  # those of x0 and z
@@ -167,6 +167,16 @@ def test_what_cannot_be_meant_is_refused():
             await refused(sample({ timesteps: [[5, 5]] })),
             await refused(sample({ timesteps: [[1000, 5]] }))]);"""
     assert all("expected" in message for message in node(script))
+
+
+@needs_node
+@pytest.mark.parametrize(("guidance", "calls"), [(0, 1), (1, 1), (1.5, 2)])
+def test_guidance_asks_the_network_no_oftener_than_it_must(guidance, calls):
+    script = """let calls = 0;
+        const network = (x, t, context) => (calls++, x);
+        await s.guided(network, 1, 0, guidance)(new Float32Array(3), 5);
+        print(calls);"""
+    assert node(script, guidance=guidance) == calls
 
 
 @needs_node
