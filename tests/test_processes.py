@@ -1,10 +1,11 @@
 """The two processes against closed forms, formulas derived a second time, and diffusers."""
 
+import itertools
 import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from processes import (
     NoiseSchedule,
@@ -13,6 +14,7 @@ from processes import (
     noise_from_velocity,
     randn_like,
     sample,
+    snr_pairs,
     timestep_pairs,
 )
 from toolbox.seeds import generators, sample_seeds
@@ -168,6 +170,41 @@ def velocity(schedule):
         return noise - (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
 
     return noise_from_velocity(network, schedule)
+
+
+@pytest.mark.parametrize(("kind", "eta"), [("dpmsolver++", 0), ("sde-dpmsolver++", 1)])
+def test_order_2_equals_diffusers(kind, eta):
+    """math.md (23): each step of DPM-Solver++ (2M), without and with fresh noise."""
+    schedule = NoiseSchedule.linear()
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    options = {"algorithm_type": kind, "solver_order": 2, "final_sigmas_type": "zero"}
+    judge = DPMSolverMultistepScheduler(trained_betas=betas.numpy(), **options)
+    judge.set_timesteps(12)
+    t = judge.timesteps.tolist()
+    pairs = [*itertools.pairwise([*t, -1])]
+    predict_noise = lambda x, t: torch.tanh(2 * x) * (1 - t[0] / 2000)  # noqa: E731
+    x = start = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(1)
+    seen = []
+
+    def on_step(x, t_prev, x0):
+        seen.append(x)
+        return x
+
+    options = {"order": 2, "eta": eta, "timesteps": pairs, "on_step": on_step}
+    sample(predict_noise, start, schedule, generator=torch.Generator().manual_seed(1), **options)
+    for step, now in enumerate(judge.timesteps):
+        noise = predict_noise(x, torch.full((4,), now.item()))
+        x = judge.step(noise, now, x, generator=generator).prev_sample.double()
+        torch.testing.assert_close(seen[step], x, rtol=1e-4, atol=1e-4)
+
+
+def test_strides_even_in_log_snr():
+    schedule = NoiseSchedule.sigmoid()
+    pairs = snr_pairs(schedule, 10)
+    assert pairs[0][0] == 999 and pairs[-1][1] == -1 and len(pairs) == 10
+    log_snr = schedule.alpha_bar.double().logit()[[t for t, _ in pairs[1:]]]
+    assert log_snr.diff().std() / log_snr.diff().mean() < 0.1
 
 
 @pytest.mark.parametrize(("kind", "name"), [(gaussian, "linear"), (velocity, "flow")])
