@@ -213,7 +213,7 @@ def read_entries(folder: Path, name: str) -> dict:
         if key in REQUIRED and value != usual:
             raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {value!r:.60}")
         if key in CONFIG_KEYS and not is_plausible(value, usual):
-            raise UserError(f"{path}: expected a {key} like {usual}, got {value!r:.60}")
+            raise UserError(f"{path}: expected {key} to be like {usual}, got {value!r:.60}")
     return entries
 
 
