@@ -1,219 +1,153 @@
-"""Is it any good? `python evaluate.py` measures a model's loss and its samples, beside what real pictures get."""
+"""Is it any good? `python evaluate.py` measures a model's loss and samples, next to real images."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import NoiseSchedule, randn, sample, strides, v_to_noise
+from processes import NoiseSchedule
+from toolbox import metrics
 from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
-from toolbox.files import check_number, check_writable, errors_in_one_sentence
-from toolbox.metrics import (
-    FID_FROM,
-    FeatureNet,
-    Inception,
-    Judge,
-    LinearDenoiser,
-    feature_net,
-    frechet_distance,
-    kernel_distance,
-    nearest,
-    some,
-    two_parts,
-    with_error,
-)
-from toolbox.models import default_model, load_model
-from toolbox.pictures import loss_by_level, plot_evaluation
-from toolbox.run import pick_device
+from toolbox.device import pick_device
+from toolbox.files import UserError, check_number, check_writable, user_errors
+from toolbox.images import loss_by_level, plot_evaluation
+from toolbox.metrics import FeatureNet, Inception, Judge, evenly_spaced
+from toolbox.models import default_model, load_model, predict_noise_of
+from toolbox.seeds import sample_seeds
+
+BATCH = 32  # images that go through the network together
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model", help="a model.pt, or the name of a ready model (default: as for sample.py)"
-    )
-    parser.add_argument(
-        "--data",
-        help="what it was trained on (default: the model knows; of a folder it knows only the name)",
-    )
-    parser.add_argument(
-        "--n", type=int, default=256, help=f"samples; from {FID_FROM:,} on their FID is told too"
-    )
-    parser.add_argument("--steps", type=int, default=40, help="network calls for each sample")
-    parser.add_argument(
-        "--eta", type=float, default=1.0, help="fresh noise in each step: 1 is DDPM, 0 is DDIM"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="sample i has the seed SEED + i, as in sample.py"
-    )
-    parser.add_argument(
-        "--inception",
-        action="store_true",
-        help="measure FID on Inception's features (needs torchmetrics)",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("evaluation.png"), help="the picture that is written"
-    )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add = parser.add_argument
+    add("--model", help="a model.pt or a ready model (default: as for sample.py)")
+    add("--data", help="what it was trained on (default: the model knows, unless it was a folder)")
+    add("--n", type=int, default=256, help="samples; 2,000 add the Fréchet distance (default: 256)")
+    add("--steps", type=int, default=40, help="network calls for each sample (default: 40)")
+    add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
+    add("--seed", type=int, default=0, help="sample i has the seed SEED + i (default: 0)")
+    add("--inception", action="store_true", help="add KID and FID on Inception's features")
+    add("--out", type=Path, default="evaluation.png", help="the plots (default: evaluation.png)")
+    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
-    check_number(
-        "--n", args.n, 4
-    )  # an error bar takes halves, and a distance within a half takes two
+    check_number("--n", args.n, 4)  # an error bar takes halves, and a distance two images in each
     check_number("--seed", args.seed, 0, 2**32 - args.n)
     check_number("--eta", args.eta, 0, 1)
-
-    model = args.model or default_model()
-    device = pick_device(args.device)
-    network, schedule, about = load_model(model, device)
-    predict_noise = v_to_noise(network, schedule)
-    strides(
-        schedule.T, args.steps
-    )  # before the work, not after it: are there so many steps, can the picture be written?
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out}: expected a name that ends in .png")
+    model, device = args.model or default_model(), pick_device(args.device)
+    network, schedule, config = load_model(model, device)
+    check_number("--steps", args.steps, 1, schedule.T)
     check_writable(args.out)
     inception = Inception() if args.inception else None
-    if not args.data and about["data"] not in SIZES:
-        raise ValueError(
-            f"{model} was trained on a folder named {about['data']}: say where it is, --data path/to/{about['data']}"
-        )
-    data, held_out = (
-        load_data(args.data or about["data"], about["size"], held_out=part)
-        for part in (False, True)
-    )
-    if data.channels != about["channels"]:
-        raise ValueError(
-            f"{model} draws pictures of {about['channels']} channels, those of {data.name} have {data.channels}"
-        )
-    pictures = f"{len(data.images):,} training pictures, {len(held_out.images):,} held out"
-    print(f"model     {model}, trained on {about['data']}: {pictures}")
 
-    levels, linear = losses(predict_noise, schedule, data, held_out.images, device)
-    shape, seeds = (data.channels, data.size, data.size), range(args.seed, args.seed + args.n)
-    samples = draw(predict_noise, schedule, shape, seeds, args.steps, args.eta, device)
-    judge(samples, feature_net(data), data, held_out)
+    name = config["data"] if args.data is None else args.data
+    if args.data is None and name not in SIZES:
+        raise UserError(f"{model} was trained on a folder named {name}: add --data path/to/{name}")
+    data, held_out = (load_data(name, config["size"], held_out=part) for part in (False, True))
+    if data.channels != config["channels"]:
+        channels = f"{config['channels']} channels, those of {name} have {data.channels}"
+        raise UserError(f"{model} makes images of {channels}: use the data it was trained on")
+    counts = f"{len(data.images):,} training images, {len(held_out.images):,} held out"
+    print(f"model     {model}, trained on {config['data']}: {counts}")
+    if config.get("data_checksum", data.checksum) != data.checksum:
+        print(f"warning: {model} was trained on other images than {name} now has")
+    classifier = metrics.feature_net(data)  # first: it may have to be trained
+
+    predict_noise = predict_noise_of(network, schedule, config)
+    images = evenly_spaced(held_out.images, 256)
+    loss = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
+    levels = report_loss(loss, schedule, data, images)
+    seeds, shape = range(args.seed, args.seed + args.n), data.images.shape[1:]
+    options = {"device": device, "steps": args.steps, "eta": args.eta}
+    samples = generate(predict_noise, shape, seeds, schedule, **options)
+    report_quality(samples, classifier, data, held_out)
+    report_distances(samples, classifier, data)
     if inception:
-        distances(samples, inception, data)
-    copies, how_near = look_for_copies(samples, data, held_out.images)
-    plot_evaluation(levels, linear, from_uint8(samples), from_uint8(copies), how_near, args.out)
+        report_distances(samples, inception, data)
+    neighbours, rms = report_copies(samples, data, held_out)
+    plot_evaluation(levels, from_uint8(samples), from_uint8(neighbours), rms, args.out)
     print(f"wrote {args.out}")
 
 
-def losses(
-    predict_noise: Callable,
-    schedule: NoiseSchedule,
-    data: Data,
-    images: Tensor,
-    device: torch.device,
-) -> tuple[dict, dict]:
-    """Mean squared error on held-out pictures by time step: the network's, and the best linear denoiser's.
+def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tensor) -> dict:
+    """Squared error by time step on these images: of the network, and of the best linear denoiser.
 
-    Printed are the means over the levels where 0.02 < alpha_bar < 0.98. They depend on the schedule, too: compare the two
-    with each other, not with those of another schedule.
+    Printed are the means over 0.02 < alpha_bar < 0.98. They depend on the schedule, too: compare
+    the two with each other, not with those of another schedule.
     """
-    images = some(images, 256)
-    levels = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
-    alpha_bar = schedule.alpha_bar[list(levels)]
-    linear = LinearDenoiser(data.images).errors(images, alpha_bar)
+    alpha_bar = schedule.alpha_bar[[*levels]]
+    linear = metrics.LinearDenoiser(data.images).errors(images, alpha_bar)
     judged = (alpha_bar > 0.02) & (alpha_bar < 0.98)
-    ours, best = (x[judged].mean().item() for x in (torch.tensor([*levels.values()]), linear))
-    verdict = (
-        "it has learned more than brightness and smoothness"
-        if ours < best
-        else "IT HAS LEARNED NOTHING: see docs/lab.md"
-    )
+    ours, best = (x[judged].mean() for x in (torch.tensor([*levels.values()]), linear))
+    verdict = "more than brightness and smoothness" if ours < best else "NOTHING: see docs/lab.md"
     print(
-        f"loss      {ours:.4f} on {len(images)} held-out pictures; the best linear denoiser: {best:.4f}; {verdict}"
+        f"loss      {ours:.4f} on {len(images)} held-out images; best linear denoiser {best:.4f}:"
     )
-    return levels, dict(zip(levels, linear.tolist(), strict=True))
+    print(f"          it has learned {verdict}")
+    baseline = dict(zip(levels, linear.tolist(), strict=True))
+    return {"the best linear denoiser": baseline, "this network": levels}
 
 
-def draw(
-    predict_noise: Callable,
-    schedule: NoiseSchedule,
-    shape: tuple,
-    seeds: range,
-    steps: int,
-    eta: float,
-    device: torch.device,
+def generate(
+    predict_noise: Callable, shape: Sequence[int], seeds: range, schedule: NoiseSchedule, **options
 ) -> Tensor:
-    """The pictures of these seeds, as `python sample.py` makes them, in bytes (N, C, H, W)."""
-    chunks = torch.tensor(seeds).split(32)
-    pictures = []
-    with tqdm(total=steps * len(chunks), unit="step", leave=False) as bar:
-
-        def on_step(x: Tensor, t_prev: int) -> Tensor:
-            bar.update()
-            return x
-
-        for chunk in chunks:
-            generators = [torch.Generator().manual_seed(seed) for seed in chunk.tolist()]
-            noise = randn((len(chunk), *shape), generators, device=device)
-            x0 = sample(
-                predict_noise,
-                noise,
-                schedule,
-                steps,
-                eta,
-                clip=True,
-                generator=generators,
-                on_step=on_step,
-            )
-            pictures.append(to_uint8(x0).cpu())
-    return torch.cat(pictures)
+    """The images of these seeds, as sample.py makes them: uint8 (N, *shape)."""
+    images = []
+    for first in tqdm(seeds[::BATCH], desc="sampling", leave=False):
+        batch = range(first, min(first + BATCH, seeds.stop))
+        x0 = sample_seeds(predict_noise, shape, batch, schedule, clip_x0=True, **options)
+        images.append(to_uint8(x0).cpu())
+    return torch.cat(images)
 
 
-def judge(samples: Tensor, network: FeatureNet, data: Data, held_out: Data) -> None:
-    """The share of clean samples, their variety, KID and FID, each beside what real pictures get."""
-    judge = Judge(network, data, held_out)
-    features, real = network.see(samples), network.see(some(held_out.images, len(samples)))
-
-    def line(name: str, form: Callable[[Tensor], str]) -> None:
-        print(f"{name:26}{form(features):>14}{form(real):>20}")
-
-    def share(truth: Tensor) -> str:
-        return f"{100 * truth.float().mean():.1f} of 100"
-
-    print(f"{'':26}{f'{len(samples)} samples':>14}{f'{len(real)} held-out ones':>20}")
-    line("clean", lambda x: share(judge.clean(x)))
-    line("  near the data", lambda x: share(judge.distance(x) <= judge.reach))
-    for name in data.classes:
-        line(f"  sure of the {name}", lambda x, name=name: share(judge.sure(x)[name]))
-    for name in data.classes:
-        line(f"off the data's {name}", lambda x, name=name: f"{judge.variety(x)[name]:.2f}")
-    distances(samples, network, data)
+def report_quality(samples: Tensor, network: FeatureNet, data: Data, held_out: Data) -> None:
+    """What share is clean, and how the classes are mixed; the same of held-out images."""
+    judge, real = Judge(network, data, held_out), evenly_spaced(held_out.images, len(samples))
+    ours, theirs = (judge_all(judge, network.extract_features(x)) for x in (samples, real))
+    print(f"{'':34}{f'{len(samples)} samples':>16}{f'{len(real)} held-out images':>24}")
+    for name, value in ours.items():
+        print(f"{name:34}{value:>16}{theirs[name]:>24}")
 
 
-def distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> None:
-    """KID and FID to real pictures, beside those between as many real pictures and the same other ones."""
-    real, others = two_parts(data.images, len(samples))
-    a, floor, b = network.see(samples), network.see(real), network.see(others)
-    scores = {f"KID x 1000, {network.name}": lambda a, b: 1000 * kernel_distance(a, b)}
-    if min(len(a), len(floor), len(b)) >= FID_FROM:
-        scores[f"FID, {network.name}"] = frechet_distance
-    for name, distance in scores.items():
-        one, error = with_error(distance, a, b)
-        zero, zero_error = with_error(distance, floor, b)
-        print(
-            f"{name:26}{f'{one:.1f} +- {error:.1f}':>14}{f'{zero:.1f} +- {zero_error:.1f}':>20} for {len(floor)} real ones"
-        )
+def judge_all(judge: Judge, features: Tensor) -> dict[str, str]:
+    near = judge.distance(features) <= judge.radius
+    shares = {"clean": judge.clean(features), "  near the data": near}
+    shares |= {f"  confident of the {name}": x for name, x in judge.confident(features).items()}
+    rows = {name: f"{100 * share.float().mean():.1f} %" for name, share in shares.items()}
+    for name, distance in judge.total_variation(features).items():
+        rows[f"total variation of the {name}"] = f"{distance:.2f}"
+    return rows
 
 
-def look_for_copies(samples: Tensor, data: Data, real: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The nearest training pictures, and how near; if samples are nearer than new real pictures are, the network copies."""
-    copies, distance = nearest(samples, data)
-    usual = nearest(some(real, len(samples)), data)[1]
-    nearer = 100 * (distance < usual.quantile(0.01)).float().mean()
-    print(
-        f"copies    the nearest training picture is {distance.median():.1f} of 255 away (root mean square; median), that of"
-    )
-    print(
-        f"          a held-out picture {usual.median():.1f}; nearer than 99 of 100 of those: {nearer:.1f} of 100 samples"
-    )
-    return copies, {"samples": distance, "held-out pictures": usual}
+def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> None:
+    """KID and Fréchet distance to real images; the same of as many real images and other ones."""
+    real, others = metrics.split(data.images, len(samples))
+    ours, theirs, b = (network.extract_features(images) for images in (samples, real, others))
+    distances = {"KID x 1000": lambda a, b: 1000 * metrics.kernel_distance(a, b)}
+    if min(len(ours), len(theirs), len(b)) >= metrics.FRECHET_FROM:
+        distances[network.frechet] = metrics.frechet_distance
+    for name, distance in distances.items():
+        results = (metrics.jackknife(distance, a, b) for a in (ours, theirs))
+        one, zero = (f"{value:.1f} +- {error:.1f}" for value, error in results)
+        print(f"{f'{name} ({network.name})':34}{one:>16}{zero:>24} ({len(theirs)} real images)")
+
+
+def report_copies(samples: Tensor, data: Data, held_out: Data) -> tuple[Tensor, dict[str, Tensor]]:
+    """Nearest training images, and distances; samples nearer than new images would be copies."""
+    neighbours, ours = metrics.nearest_neighbours(samples, data)
+    theirs = metrics.nearest_neighbours(evenly_spaced(held_out.images, len(samples)), data)[1]
+    nearer = 100 * (ours < theirs.quantile(0.01)).float().mean()
+    print(f"copies    RMS distance to the nearest training image, of 255: {ours.median():.1f},")
+    print(f"          of held-out images {theirs.median():.1f} (medians);", end=" ")
+    print(f"{nearer:.1f} % are nearer than 99 % of those")
+    return neighbours, {"samples": ours, "held-out images": theirs}
 
 
 if __name__ == "__main__":
-    with errors_in_one_sentence():
+    with user_errors():
         main()

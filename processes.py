@@ -9,7 +9,7 @@ predict_noise(x_t, t) -> noise of the shape of x_t.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,11 @@ class NoiseSchedule:
     @property
     def T(self) -> int:
         return len(self.alpha_bar)
+
+    @property
+    def log_snr(self) -> Tensor:
+        """The signal-to-noise ratio alpha_bar / (1 - alpha_bar), as a logarithm: float64 (T,)."""
+        return self.alpha_bar.double().logit()
 
     def alpha_bar_at(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha_bar[t], t (B,), in the shape (B, 1, ..., 1) that scales `like` (B, ...)."""
@@ -122,6 +127,7 @@ def noise_from_velocity(network: Network, schedule: NoiseSchedule) -> Network:
 #   DDPM    steps=1000  eta=1   every step of the chain, fresh noise after each   (Ho et al. 2020)
 #   fast    steps=40    eta=1   the same with longer strides: the default
 #   DDIM    steps=40    eta=0   no fresh noise: x0 is a function of x_T        (Song et al. 2021)
+#   2M      timesteps=snr_pairs(schedule, 10), order=2: DPM-Solver++ (2M)        (Lu et al. 2022)
 #   edit    timesteps=[(599, 579), ..., (19, -1)], x=x_t at t=599: image-to-image
 @torch.no_grad()
 def sample(
@@ -132,18 +138,22 @@ def sample(
     eta: float = 1.0,
     timesteps: Sequence[tuple[int, int]] | None = None,
     clip_x0: bool = False,
+    order: int = 1,
     generator: Generators | None = None,
     on_step: Callable[[Tensor, int, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """The reverse process (DDPM Algorithm 2; DDIM eq. 12): x (B, ...), noise or x_t, becomes x0.
 
     timesteps replaces steps: pairs (t, t_prev), descending; t_prev = -1 means clean.
-    clip_x0: the data is known to lie in [-1, 1]. generator: one, or one for each image.
+    clip_x0: the data is known to lie in [-1, 1]. order 2 extrapolates x0 from the last two
+    estimates. generator: one, or one for each image.
     on_step(x, t_prev, x0) returns the x to continue with; x0 is the step's estimate.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"expected an eta from 0 (DDIM, no fresh noise) to 1 (DDPM), got {eta}")
     alpha_bar = [*schedule.alpha_bar.tolist(), 1.0]  # the last one is alpha_bar[-1]: clean
+    log_snr = [*schedule.log_snr.tolist(), math.inf]
+    earlier = None  # the estimate of x0 and the log-SNR of the step before
     for t, t_prev in timestep_pairs(schedule.T, steps) if timesteps is None else timesteps:
         if not -1 <= t_prev < t < schedule.T:
             raise ValueError(f"expected {schedule.T} > t > t_prev >= -1, got the pair {t, t_prev}")
@@ -154,13 +164,19 @@ def sample(
         if clip_x0:
             x0 = x0.clamp(-1, 1)
             noise = (x - math.sqrt(ab) * x0) / math.sqrt(1 - ab)  # (8), solved for the noise
+        estimate, h = x0, log_snr[t_prev] - log_snr[t]
+        if order == 2 and earlier is not None and t_prev >= 0:  # math.md (23)
+            x0 = x0 + (x0 - earlier[0]) * h / (2 * (log_snr[t] - earlier[1]))
+            noise = (x - math.sqrt(ab) * x0) / math.sqrt(1 - ab)
+        earlier = estimate, log_snr[t]
+
         sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))  # math.md (10)
         x = math.sqrt(ab_prev) * x0 + math.sqrt(max(0.0, 1 - ab_prev - sigma**2)) * noise  # (9)
         if sigma > 0:  # not in the last step: there ab_prev is 1
             x = x + sigma * randn_like(x, generator)
 
         if on_step is not None:
-            x = on_step(x, t_prev, x0)
+            x = on_step(x, t_prev, estimate)
     return x
 
 
@@ -171,23 +187,14 @@ def timestep_pairs(T: int, steps: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(round(T * i / steps) - 1 for i in range(steps, -1, -1)))
 
 
-def sample_seeds(
-    predict_noise: Network,
-    shape: Sequence[int],
-    seeds: Iterable[int],
-    schedule: NoiseSchedule,
-    device: torch.device | str = "cpu",
-    **options: object,
-) -> Tensor:
-    """One x0 of `shape` for each seed, the same whatever the others are; options: of `sample`."""
-    generator = generators(seeds)
-    x = randn_like(torch.empty(len(generator), *shape, device=device), generator)
-    return sample(predict_noise, x, schedule, generator=generator, **options)
-
-
-def generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One for each image: image i of seed s uses seed s + i, whatever else is in its batch."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def snr_pairs(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int]]:
+    """`steps` pairs, or a few less, whose strides are even in log(SNR) from -10 on."""
+    highest = schedule.log_snr[0].item()
+    lowest = max(-10.0, schedule.log_snr[-1].item())
+    wanted = torch.linspace(lowest, highest, steps + 1)[1:-1]  # the last stride, to clean, is free
+    nearest = (schedule.log_snr[:, None] - wanted).abs().argmin(dim=0)
+    t = sorted({schedule.T - 1, *nearest.tolist()}, reverse=True)
+    return list(itertools.pairwise([*t, -1]))
 
 
 def randn_like(x: Tensor, generator: Generators | None = None) -> Tensor:

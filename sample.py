@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import sample_seeds
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, check_writable, user_errors
 from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
+from toolbox.seeds import sample_seeds
 
 BATCH = 32  # images that go through the network together; on a CPU more would leave its cache
 GRID = 1024  # images that fit into one grid

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from processes import NoiseSchedule, add_noise, sample_seeds
+from processes import NoiseSchedule, add_noise
 from toolbox.data import SIZES, Data, from_uint8, load_data
 from toolbox.device import distributed, first_process_first, pick_device
 from toolbox.files import UserError, check_number, user_errors
@@ -17,6 +17,7 @@ from toolbox.images import loss_by_level, plot_training, save_grid
 from toolbox.models import PREDICTIONS, SCHEDULES, load_model, model_config
 from toolbox.muon import Muon
 from toolbox.run import Run
+from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
@@ -62,7 +63,8 @@ def main() -> None:
         )
     config = model_config(network, schedule, data.size, data.name, prediction)
     example = torch.zeros(1, *data.images.shape[1:]), torch.zeros(1, dtype=torch.long)
-    run = start_run(args, args.out or Path("runs") / data.name, network, data, config, example)
+    folder, settings = args.out or Path("runs") / data.name, {"model": args.model}
+    run = start_run(args, folder, network, data, config, example, settings)
 
     predict_noise = PREDICTIONS[prediction](run.model, schedule)
     for x0 in run.batches():
@@ -149,7 +151,7 @@ def start_run(
     layout = torch.channels_last if args.device.type == "cuda" else torch.contiguous_format
     network.to(args.device, memory_format=layout)
     ema = copy.deepcopy(network).requires_grad_(False).eval()
-    settings = {"model": args.model, "images": len(data.images)} | (settings or {})
+    settings = {"images": len(data.images), "checksum": data.checksum} | (settings or {})
     numbers = args.steps, args.batch, args.seed, args.device, args.precision
     run = Run(folder, network, ema, make_optimizers(network), data, config, settings, *numbers)
 

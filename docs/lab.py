@@ -1,35 +1,52 @@
-"""The experiments of docs/lab.md: `python docs/lab.py 1` trains the first one, and draws runs/lab/lab-1.png.
+"""The experiments of docs/lab.md: `python -m docs.lab 1` trains the first one, draws lab-1.png.
 
-Cats of 16x16 pixels, a small U-Net, one core. Several in one command (`python docs/lab.py 5 6 7 8`) share their trainings.
+Cats of 16x16 pixels, a small U-Net, one core. Several experiments in one command share trainings:
+`python -m docs.lab 5 6 7 8`. The images are written to runs/lab/.
 """
 
+import argparse
 import copy
 import functools
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise  # noqa: E402
-from toolbox.cats import draw  # noqa: E402
-from toolbox.muon import Muon  # noqa: E402
-from toolbox.pictures import save, to_image  # noqa: E402
-from unet import UNet  # noqa: E402
+from evaluate import generate
+from processes import NoiseSchedule, add_noise, noise_from_v, randn_like, sample
+from toolbox.cats import draw
+from toolbox.data import from_uint8, load_data
+from toolbox.files import user_errors
+from toolbox.images import grid, save_image, save_plot, to_image
+from toolbox.metrics import (
+    Judge,
+    LinearDenoiser,
+    evenly_spaced,
+    feature_net,
+    jackknife,
+    kernel_distance,
+    split,
+)
+from toolbox.models import load_model, predict_noise_of
+from toolbox.seeds import generators
+from train import make_optimizers, update_ema
+from unet import UNet
 
-STEPS, BATCH = 400, 32  # of each training
-CALLS = 40  # of the network, for each sample
+ROOT = Path(__file__).parent.parent
 OUT = Path("runs/lab")
+TRAINING_STEPS, BATCH = 400, 32
+CALLS = 40  # of the network, for each sample
 COSINE, LINEAR = NoiseSchedule.cosine(), NoiseSchedule.linear()
-PICTURES = 10  # in a row
-NOISE = randn((PICTURES, 3, 16, 16), [torch.Generator().manual_seed(i) for i in range(PICTURES)])
+COLUMNS = 10  # images in a row
+NOISE = randn_like(torch.empty(COLUMNS, 3, 16, 16), generators(range(COLUMNS)))
+LABELS = 230  # pixels to the left of the rows, for their labels
+Rows = dict[str, Tensor]  # what a row shows -> its images
 
 
 @functools.cache
@@ -38,225 +55,246 @@ def cats() -> Tensor:
 
 
 @functools.cache
-def learn(loss: Callable, pictures: Callable[[], Tensor] = cats, groups: int = 1) -> tuple[UNet, UNet]:
-    """Train a small U-Net, so that loss(network, x0) gets small. Returns its last weights, and their average."""
+def train(
+    loss: Callable, images: Callable[[], Tensor] = cats, groups: int = 1
+) -> tuple[UNet, UNet]:
+    """Minimise loss(network, x0). Returns the last weights, and their moving average."""
     torch.manual_seed(0)
-    network = UNet(widths=(32, 64, 64), attention=(False, False, True), groups=groups)
-    averaged = copy.deepcopy(network).requires_grad_(False)
-    matrices, vectors = ([w for w in network.parameters() if (w.ndim > 1) == many] for many in (True, False))
-    optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(vectors, lr=2e-3, betas=(0.9, 0.99))]
-    history = []
-    for k in (bar := tqdm(range(1, STEPS + 1), desc=loss.__name__)):
-        x0 = pictures()[torch.randint(len(pictures()), (BATCH,))]
+    levels = {"channels": (32, 64, 64), "attention_levels": (False, False, True)}
+    network = UNet(**levels, groups=groups)
+    ema = copy.deepcopy(network).requires_grad_(False)
+    optimizers = make_optimizers(network)  # the learning rate stays: experiment 8
+    recent = []
+    for step in (bar := tqdm(range(1, TRAINING_STEPS + 1), desc=loss.__name__)):
+        x0 = images()[torch.randint(len(images()), (BATCH,))]
         value = loss(network, x0)
         value.backward()
-        for optimizer in optimizers:  # the learning rate never falls: experiment 8 shows what that costs
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        torch._foreach_lerp_(list(averaged.parameters()), [w.detach() for w in network.parameters()], 9 / (10 + k))
-        history.append(value.item())
-        bar.set_postfix(loss=f"{sum(history[-50:]) / len(history[-50:]):.4f}")
-    return network.requires_grad_(False), averaged
+        update_ema(ema, network, step)
+        recent = [*recent[-49:], value.item()]
+        bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}")
+    return network.requires_grad_(False), ema
 
 
-def colours(rows: list[Tensor]) -> Tensor:
-    """The rows as they are, and in words how far their mean colour is off that of the data: a tint."""
-    for i, row in enumerate(rows, start=1):
-        off = row.clamp(-1, 1).mean((0, 2, 3)) - cats().mean((0, 2, 3))
-        print(f"row {i}: " + ", ".join(f"{name} {x:+.2f}" for name, x in zip(("red", "green", "blue"), off, strict=True)))
-    return torch.cat(rows)
+def print_tints(rows: Rows) -> Rows:
+    """The rows as they are; prints how far their mean colour is from that of the data."""
+    for name, row in rows.items():
+        tint = row.clamp(-1, 1).mean((0, 2, 3)) - cats().mean((0, 2, 3))
+        print(f"{name:{24}} red {tint[0]:+.2f}, green {tint[1]:+.2f}, blue {tint[2]:+.2f}")
+    return rows
 
 
-# ---- 1: noise in, cat out ---------------------------------------------------------------------------------------------
+# ---- 1: noise in, cat out ------------------------------------------------------------------------
 
 
-def leap(network, x0):
+def one_leap(network, x0):
     noise = torch.randn_like(x0)
-    return F.mse_loss(network(noise, untold(x0)), x0)
+    return F.mse_loss(network(noise, no_time(x0)), x0)
 
 
-def untold(x: Tensor) -> Tensor:
-    """The U-Net wants to hear a time step; this one tells it nothing."""
+def no_time(x: Tensor) -> Tensor:
+    """The U-Net expects a time step; this one says nothing."""
     return torch.zeros(len(x))
 
 
-def experiment_1():
-    network, _ = learn(leap)
-    return network(NOISE, untold(NOISE))
+def experiment_1() -> Rows:
+    network, _ = train(one_leap)
+    return {"network(noise)": network(NOISE, no_time(NOISE))}
 
 
-# ---- 2: an easier question, and its answer asked again ------------------------------------------------------------------
+# ---- 2: an easier question, and its answer asked again -------------------------------------------
 
 
-def blind(network, x0):
+def x0_from_mixture(network, x0):
     s = torch.rand(len(x0), 1, 1, 1)  # the share of noise
     x = (1 - s) * x0 + s * torch.randn_like(x0)
-    return F.mse_loss(network(x, untold(x0)), x0)
+    return F.mse_loss(network(x, no_time(x0)), x0)
 
 
-def experiment_2():
-    network, _ = learn(blind)
-    s = torch.linspace(0.1, 1, PICTURES).view(-1, 1, 1, 1)
+def experiment_2() -> Rows:
+    network, _ = train(x0_from_mixture)
+    s = torch.linspace(0.1, 1, COLUMNS).view(-1, 1, 1, 1)
     x = (1 - s) * cats()[7] + s * NOISE
-    again = [NOISE]
-    for _ in range(PICTURES - 1):
-        again.append(network(again[-1], untold(NOISE)))  # its answer is the next question
-    return torch.cat([x, network(x, untold(x)), *(answer[:1] for answer in again), again[-1]])
+    answers = [NOISE]
+    for _ in range(COLUMNS - 1):
+        answers.append(network(answers[-1], no_time(NOISE)))  # its answer is the next question
+    return {
+        "x, s = 0.1 .. 1": x,
+        "network(x)": network(x, no_time(x)),
+        "asked again and again": torch.cat([answer[:1] for answer in answers]),
+        "where 10 noises end": answers[-1],
+    }
 
 
-# ---- 3: only a little way towards the answer ----------------------------------------------------------------------------
+# ---- 3: only a little way towards the answer -----------------------------------------------------
 
 
-def told(network, x0):
+def x0_from_mixture_and_s(network, x0):
     s = torch.rand(len(x0), 1, 1, 1)
     x = (1 - s) * x0 + s * torch.randn_like(x0)
     return F.mse_loss(network(x, 1000 * s.flatten()), x0)
 
 
-def walk(network, x, steps, tell):
+def small_steps(network, x, steps, with_s):
     for left in range(steps, 0, -1):
-        s = torch.full((len(x),), left / steps)  # it was pure noise, s = 1; it becomes a picture, s = 0
-        guess = network(x, 1000 * s if tell else untold(x))
-        x = x + (guess - x) / left  # the last time, all of the way
+        s = torch.full((len(x),), left / steps)  # 1 is pure noise, 0 an image
+        x0 = network(x, 1000 * s if with_s else no_time(x))
+        x = x + (x0 - x) / left  # the last time, all of the way
     return x
 
 
-def experiment_3():
-    rows = [walk(learn(blind)[0], NOISE, CALLS, tell=False)]
-    return colours(rows + [walk(learn(told)[0], NOISE, steps, tell=True) for steps in (2, 5, CALLS)])
+def experiment_3() -> Rows:
+    network, _ = train(x0_from_mixture)
+    rows = {f"without s, {CALLS} steps": small_steps(network, NOISE, CALLS, with_s=False)}
+    network, _ = train(x0_from_mixture_and_s)
+    for steps in (2, 5, CALLS):
+        rows[f"with s, {steps} steps"] = small_steps(network, NOISE, steps, with_s=True)
+    return print_tints(rows)
 
 
-# ---- 4: how to mix ------------------------------------------------------------------------------------------------------
+# ---- 4: how to mix -------------------------------------------------------------------------------
 
 
-def experiment_4():
-    t = torch.linspace(0, 999, PICTURES).long()
-    x0 = cats()[7].expand(PICTURES, -1, -1, -1)
+def experiment_4() -> Rows:
+    t = torch.linspace(0, 999, COLUMNS).long()
+    x0 = cats()[7].expand(COLUMNS, -1, -1, -1)
     s = (t / 999).view(-1, 1, 1, 1)
-    rows = {"without roots": (1 - s) * x0 + s * NOISE}
-    rows |= {schedule.name: add_noise(x0, t, schedule, NOISE)[0] for schedule in (COSINE, LINEAR)}
+    rows = {"straight line": (1 - s) * x0 + s * NOISE}
+    for schedule in (COSINE, LINEAR):
+        rows[f"{schedule.name} schedule"] = add_noise(x0, t, schedule, NOISE)[0]
     for name, row in rows.items():
-        print(f"{name:14} standard deviation", " ".join(f"{x.std():.2f}" for x in row))
-    return torch.cat([*rows.values()]) / 2  # or everything beyond -1 .. 1 would be cut off
+        print(f"{name:16} standard deviation", " ".join(f"{x.std():.2f}" for x in row))
+    return {name: row / 2 for name, row in rows.items()}  # or what is beyond -1 .. 1 would be cut
 
 
-# ---- 5: ask for the noise -----------------------------------------------------------------------------------------------
+# ---- 5: ask for the noise ------------------------------------------------------------------------
 
 
-def noise(network, x0):
+def noise_loss(network, x0):
     t = torch.randint(COSINE.T, (len(x0),))
     x_t, noise = add_noise(x0, t, COSINE)
     return F.mse_loss(network(x_t, t), noise)
 
 
-def experiment_5():
-    network, _ = learn(noise)
-    return colours([sample(network, NOISE, COSINE, CALLS, eta=0, clip=clip) for clip in (False, True)])
+def experiment_5() -> Rows:
+    network, _ = train(noise_loss)
+    rows = {"as it comes": False, "clip_x0=True": True}
+    for name, clip in rows.items():
+        rows[name] = sample(network, NOISE, COSINE, CALLS, eta=0, clip_x0=clip)
+    return print_tints(rows)
 
 
-# ---- 6: fresh noise, and how many steps ---------------------------------------------------------------------------------
+# ---- 6: fresh noise, and how many steps ----------------------------------------------------------
 
 
-def experiment_6():
-    network, _ = learn(noise)
-    rows = [(5, 0), (5, 1), (CALLS, 0), (CALLS, 1), (5 * CALLS, 0), (5 * CALLS, 1)]
-    return colours([sample(network, NOISE, COSINE, steps, eta, clip=True, generator=fresh()) for steps, eta in rows])
+def draw_cats(predict_noise, eta=1.0, steps=None, sample=sample) -> Tensor:
+    """Ten cats from the ten pieces of noise that every experiment begins with."""
+    generator = torch.Generator().manual_seed(100)
+    options = {"clip_x0": True, "generator": generator}
+    return sample(predict_noise, NOISE, COSINE, steps or CALLS, eta, **options)
 
 
-def fresh() -> torch.Generator:
-    return torch.Generator().manual_seed(100)
+def experiment_6() -> Rows:
+    network, _ = train(noise_loss)
+    ways = [(steps, eta) for steps in (5, CALLS, 5 * CALLS) for eta in (0, 1)]
+    rows = {f"{steps} steps, eta {eta}": draw_cats(network, eta, steps) for steps, eta in ways}
+    return print_tints(rows)
 
 
-# ---- 7: v ---------------------------------------------------------------------------------------------------------------
+# ---- 7: v ----------------------------------------------------------------------------------------
 
 
-def v(network, x0):
+def v_loss(network, x0):
     t = torch.randint(COSINE.T, (len(x0),))
     x_t, noise = add_noise(x0, t, COSINE)
-    return F.mse_loss(v_to_noise(network, COSINE)(x_t, t), noise)
+    return F.mse_loss(noise_from_v(network, COSINE)(x_t, t), noise)
 
 
-def experiment_7():
-    networks = learn(noise)[0], v_to_noise(learn(v)[0], COSINE)
+def experiment_7() -> Rows:
+    networks = {"noise": train(noise_loss)[0], "v": noise_from_v(train(v_loss)[0], COSINE)}
     x0 = cats()[:256]
     t = torch.full((len(x0),), 999)
-    x_t, truth = add_noise(x0, t, COSINE, torch.randn(x0.shape, generator=fresh()))
-    print("error at t = 999:", *(f"{F.mse_loss(network(x_t, t), truth):.7f}" for network in networks))
-    rows = [(network, eta) for eta in (0, 1) for network in networks]
-    return colours([sample(network, NOISE, COSINE, CALLS, eta, clip=True, generator=fresh()) for network, eta in rows])
+    x_t, noise = add_noise(x0, t, COSINE, randn_like(x0, torch.Generator().manual_seed(100)))
+    for name, network in networks.items():
+        print(f"error at t = 999, {name}: {F.mse_loss(network(x_t, t), noise):.7f}")
+    ways = [(eta, name) for eta in (0, 1) for name in networks]
+    return print_tints({f"{name}, eta {eta}": draw_cats(networks[name], eta) for eta, name in ways})
 
 
-# ---- 8: averaged weights ------------------------------------------------------------------------------------------------
+# ---- 8: averaged weights -------------------------------------------------------------------------
 
 
-def experiment_8():
-    networks = [v_to_noise(network, COSINE) for network in learn(v)]
-    rows = [(network, eta) for eta in (0, 1) for network in networks]
-    return colours([sample(network, NOISE, COSINE, CALLS, eta, clip=True, generator=fresh()) for network, eta in rows])
+def experiment_8() -> Rows:
+    last, ema = (noise_from_v(network, COSINE) for network in train(v_loss))
+    networks = {"last weights": last, "EMA": ema}
+    ways = [(eta, name) for eta in (0, 1) for name in networks]
+    return print_tints({f"{name}, eta {eta}": draw_cats(networks[name], eta) for eta, name in ways})
 
 
-# ---- broken on purpose --------------------------------------------------------------------------------------------------
+# ---- broken on purpose ---------------------------------------------------------------------------
 
-BUGS = {  # file, a line of it, what stands there instead, and a test that fails then
+BUGS = {  # name: (file, what stands there, what stands there instead, the tests that fail then)
     "stops one step early": (
         "processes.py",
-        "list(zip(walk, [*walk, -1][1:], strict=True))",
-        "list(zip(walk, walk[1:]))",
-        "test_one_single_picture_is_met_exactly",
+        "for i in range(steps, -1, -1)",
+        "for i in range(steps, 0, -1)",
+        "test_processes.py",
     ),
     "noise in the last step": (
         "processes.py",
-        "eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))",
-        "eta * math.sqrt(1 - a / a_prev)",
-        "test_one_single_picture_is_met_exactly",
+        "eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))",
+        "eta * math.sqrt(1 - ab / ab_prev)",
+        "test_processes.py",
     ),
     "starts too late": (
         "processes.py",
-        "round(T * i / steps) - 1 for i in range(steps, 0, -1)",
-        "round(T * i / steps) for i in range(steps - 1, -1, -1)",
-        "test_default_walks_from_the_last_index_to_the_first",
+        "round(T * i / steps) - 1 for i in range(steps, -1, -1)",
+        "[round(T * i / steps) for i in range(steps - 1, -1, -1)] + [-1]",
+        "test_processes.py",
     ),
     "no roots": (
         "processes.py",
         "alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise",
         "alpha_bar * x0 + (1 - alpha_bar) * noise, noise",
-        "test_add_noise_is_what_many_small_steps_do",
+        "test_processes.py",
     ),
     "attention over the batch": (
         "unet.py",
         "F.scaled_dot_product_attention(q, k, v)",
-        "F.scaled_dot_product_attention(*(z.transpose(0, 2) for z in (q, k, v))).transpose(0, 2)",
-        "test_every_pixel_reaches_every_pixel_and_no_other_image",
+        "F.scaled_dot_product_attention(*(y.transpose(0, 2) for y in (q, k, v))).transpose(0, 2)",
+        "test_unet.py",
     ),
     "attention of each pixel to itself": (
         "unet.py",
         "F.scaled_dot_product_attention(q, k, v)",
-        "F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v))).transpose(1, 2)",
-        "test_every_pixel_reaches_every_pixel_and_no_other_image",
+        "F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v))).transpose(1, 2)",
+        "test_unet.py",
     ),
-    "pictures in [0, 1]": (
+    "images in [0, 1]": (
         "toolbox/data.py",
         "images.float() / 127.5 - 1",
         "images.float() / 255",
-        "test_bytes_and_back",
+        "test_data.py",
     ),
     "t is never 0": (
-        "toolbox/run.py",
-        "torch.randint(high, (self.batch,)",
-        "torch.randint(1, high, (self.batch,)",
-        "test_time_steps_pictures_and_noise_are_uniform_and_complete",
+        "train.py",
+        "run.randint(schedule.T)",
+        "1 + run.randint(schedule.T - 1)",
+        "test_train.py",
     ),
-    "an average that is too young": (
-        "toolbox/run.py",
-        "min(0.9999, (1 + self.k) / (10 + self.k))",
+    "an EMA that is too young": (
+        "train.py",
+        "min(0.9999, (1 + step) / (10 + step))",
         "0.9999",
-        "test_the_average_is_of_weights_only_and_remembers_a_ninth_of_the_run",
+        "test_train.py",
     ),
     "resumed without the optimizers": (
         "toolbox/run.py",
         "optimizer.load_state_dict(state)",
         "pass",
-        "test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint",
+        "test_train.py",
     ),
 }
 
@@ -266,14 +304,14 @@ def broken(bug: str) -> types.ModuleType:
     """The file with that one line changed, as a module of its own."""
     file, line, instead, _ = BUGS[bug]
     module = types.ModuleType(bug)
-    exec((ROOT / file).read_text(encoding="utf8").replace(line, instead), module.__dict__)
+    exec((ROOT / file).read_text("utf-8").replace(line, instead), module.__dict__)
     return module
 
 
-def v_without_roots(network, x0):
+def v_loss_without_roots(network, x0):
     t = torch.randint(COSINE.T, (len(x0),))
     x_t, noise = broken("no roots").add_noise(x0, t, COSINE)
-    return F.mse_loss(v_to_noise(network, COSINE)(x_t, t), noise)
+    return F.mse_loss(noise_from_v(network, COSINE)(x_t, t), noise)
 
 
 @functools.cache
@@ -281,50 +319,136 @@ def cats_from_0_to_1() -> Tensor:
     return (cats() + 1) / 2
 
 
-def experiment_bugs():
-    options = {"steps": CALLS, "clip": True, "generator": None}
-
-    def row(network, sample=sample):
-        return sample(network, NOISE, COSINE, **options | {"generator": fresh()})
-
-    right = v_to_noise(learn(v)[1], COSINE)
-    rows = {"right": row(right)}
+def experiment_bugs() -> Rows:
+    _, ema = train(v_loss)
+    rows = {"right": draw_cats(noise_from_v(ema, COSINE))}
     for bug in ("stops one step early", "noise in the last step", "starts too late"):
-        rows[bug] = row(right, broken(bug).sample)
-    rows["v taken for the noise"] = row(learn(v)[1])
-    rows["no roots"] = row(v_to_noise(learn(v_without_roots)[1], COSINE))
-    rows["pictures in [0, 1]"] = row(v_to_noise(learn(v, pictures=cats_from_0_to_1)[1], COSINE))
-    rows["32 groups"] = row(v_to_noise(learn(v, groups=32)[1], COSINE))
-    network = broken("attention over the batch").UNet(**learn(v)[1].config).requires_grad_(False)
-    network.load_state_dict(learn(v)[1].state_dict())  # the right weights; only the drawing is wrong
-    rows["attention over the batch"] = row(v_to_noise(network, COSINE))
-    for name, pictures in rows.items():
-        print(f"{name:26} {(pictures - rows['right']).square().mean().sqrt():.3f} from the right ones")
-    return torch.cat([*rows.values()])
+        rows[bug] = draw_cats(noise_from_v(ema, COSINE), sample=broken(bug).sample)
+    rows["v taken for the noise"] = draw_cats(ema)
+    for name, training in {
+        "no roots": train(v_loss_without_roots),
+        "images in [0, 1]": train(v_loss, images=cats_from_0_to_1),
+        "32 groups": train(v_loss, groups=32),
+    }.items():
+        rows[name] = draw_cats(noise_from_v(training[1], COSINE))
+    network = broken("attention over the batch").UNet(**ema.config).requires_grad_(False)
+    network.load_state_dict(ema.state_dict())  # the right weights; only the sampling is wrong
+    rows["attention over the batch"] = draw_cats(noise_from_v(network, COSINE))
+    for name, row in rows.items():
+        distance = (row - rows["right"]).square().mean().sqrt()
+        print(f"{name:26} {distance:.3f} from the right ones (RMS)")
+    return rows
 
 
-# ---- a cat of your own --------------------------------------------------------------------------------------------------
+# ---- a cat of your own ---------------------------------------------------------------------------
 
 
-def experiment_own():
-    """50 pictures of one cat that no model has seen: an orange tabby with exchanged colours is violet."""
-    pictures = draw(50, 32, seed=1, fur="orange", pattern="tabby", eyes="green")[0][:, [1, 2, 0]]
-    for i, picture in enumerate(pictures):
-        save(to_image(picture), OUT / f"own/{i:02}.png")
-    return pictures
+def experiment_own() -> Rows:
+    """50 images of one cat no model has seen: an orange tabby, its colour channels exchanged."""
+    images = draw(50, 32, seed=1, fur="orange", pattern="tabby", eyes="green")[0][:, [1, 2, 0]]
+    for i, image in enumerate(images):
+        save_image(to_image(image), OUT / f"own/{i:02}.png")
+    return {f"{i} to {i + COLUMNS - 1}": images[i : i + COLUMNS] for i in range(0, 50, COLUMNS)}
+
+
+# ---- the ready model, measured -------------------------------------------------------------------
+
+CALLS_TRIED = (5, 10, 20, 40, 50)
+SAMPLES = 256
+
+
+@torch.no_grad()
+def experiment_loss() -> None:
+    """Where the loss comes from: by time step, of the ready model and the best linear denoiser."""
+    network, schedule, config = load_model("cats")
+    predict_noise = predict_noise_of(network, schedule, config)
+    data, held_out = (load_data("cats", held_out=part) for part in (False, True))
+    x0 = from_uint8(evenly_spaced(held_out.images, 128))
+    t, generator = torch.arange(0, schedule.T, 10), torch.Generator().manual_seed(0)
+    linear, errors = LinearDenoiser(data.images).errors(held_out.images, schedule.alpha_bar[t]), []
+    for level in tqdm(t):
+        level = level.expand(len(x0))
+        x_t, noise = add_noise(x0, level, schedule, randn_like(x0, generator))
+        errors.append(F.mse_loss(predict_noise(x_t, level), noise))
+    errors = torch.stack(errors)
+    for name, error in {"cats": errors, "linear": linear}.items():
+        early, late = (
+            100 * error[t < 100].sum() / error.sum(),
+            100 * error[t >= 900].sum() / error.sum(),
+        )
+        print(
+            f"{name:8} {error.mean():.4f}: {early:.0f} % from t < 100, {late:.1f} % from t >= 900"
+        )
+        print(
+            "        ", *(f"t = {k}: {error[t == k].item():.4f}" for k in (0, 100, 500, 900, 970))
+        )
+
+
+def experiment_steps() -> plt.Figure:
+    """How few network calls are enough? 12 minutes on one core."""
+    network, schedule, config = load_model("cats")
+    predict_noise = predict_noise_of(network, schedule, config)
+    data, held_out = (load_data("cats", held_out=part) for part in (False, True))
+    classifier = feature_net(data)
+    judge = Judge(classifier, data, held_out)
+    real = classifier.extract_features(split(data.images, SAMPLES)[1])
+    shape = data.images.shape[1:]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    print("| calls | eta | clean | confident in all | KID x 1000 |\n|---|---|---|---|---|")
+    for eta, name in {1.0: "eta 1: DDPM, with longer strides", 0.0: "eta 0: DDIM"}.items():
+        clean, kids = [], []
+        for steps in CALLS_TRIED:
+            images = generate(predict_noise, shape, range(SAMPLES), schedule, steps=steps, eta=eta)
+            features = classifier.extract_features(images)
+            confident = torch.stack([*judge.confident(features).values()]).all(0)
+            clean.append(100 * judge.clean(features).float().mean().item())
+            kids.append([1000 * x for x in jackknife(kernel_distance, features, real)])
+            sure, kid = 100 * confident.float().mean(), "{:.0f} +- {:.0f}".format(*kids[-1])
+            print(f"| {steps} | {eta:.0f} | {clean[-1]:.0f} % | {sure:.0f} % | {kid} |", flush=True)
+        left.plot(CALLS_TRIED, clean, marker="o", label=name)
+        right.errorbar(CALLS_TRIED, *zip(*kids, strict=True), marker="o", capsize=3, label=name)
+    left.set(ylabel="clean samples, %")
+    right.set(ylabel="KID x 1000, our features", ylim=(0, None))
+    for panel in (left, right):
+        panel.set(xlabel="network calls", xscale="log")
+        panel.set_xticks(CALLS_TRIED, CALLS_TRIED)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+        panel.legend()
+    return figure
+
+
+def labelled(rows: Rows) -> Image.Image:
+    """One image of all rows, with the name of each one to its left."""
+    images = grid(torch.cat([*rows.values()]), COLUMNS)
+    canvas = Image.new("RGB", (LABELS + images.width, images.height), "white")
+    canvas.paste(images, (LABELS, 0))
+    pen, height = ImageDraw.Draw(canvas), images.height / len(rows)
+    for i, name in enumerate(rows):
+        pen.text((LABELS - 8, (i + 0.5) * height), name, "black", anchor="rm", font_size=18)
+    return canvas.quantize(256)
+
+
+EXPERIMENTS = {
+    name.removeprefix("experiment_"): value
+    for name, value in globals().items()
+    if name.startswith("experiment_")
+}
 
 
 def main() -> None:
-    experiments = {name.removeprefix("experiment_"): make for name, make in globals().items() if name.startswith("experiment_")}
-    wanted = sys.argv[1:]
-    if not wanted or set(wanted) - set(experiments):
-        sys.exit(f"python docs/lab.py NAME, with a NAME of: {' '.join(experiments)}; several, too")
-    for name in wanted:
-        pictures = experiments[name]()
-        pictures = F.interpolate(pictures.clamp(-1, 1), scale_factor=64 // pictures.shape[-1])
-        save(to_image(make_grid(pictures, nrow=PICTURES, pad_value=1.0)).quantize(256), OUT / f"lab-{name}.png")
-        print(f"wrote {OUT / f'lab-{name}.png'}")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="+", choices=EXPERIMENTS, help="one or more of these")
+    for name in parser.parse_args().name:
+        result, path = EXPERIMENTS[name](), OUT / f"lab-{name}.png"
+        if isinstance(result, plt.Figure):
+            save_plot(result, path)
+        elif result is not None:
+            save_image(labelled(result), path)
+        if result is not None:
+            print(f"wrote {path}")
 
 
 if __name__ == "__main__":
-    main()
+    with user_errors():
+        main()

@@ -85,12 +85,17 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path, length: int) -> "Tokenizer":
         """From a tokenizer.json; or from CLIP's merges.txt, with or without its vocab.json."""
-        if (folder / "tokenizer.json").exists():
-            return cls(Rules.from_file(str(folder / "tokenizer.json")), length)
-        merges = (folder / "merges.txt").read_text("utf-8").split("\n")[1:]  # line 1 is a title
-        vocab = folder / "vocab.json"
-        vocabulary = json.loads(vocab.read_text("utf-8")) if vocab.exists() else None
-        return cls.of_clip([line for line in merges if line], vocabulary, length)
+        path = folder / "tokenizer.json"
+        try:
+            if path.exists():
+                return cls(Rules.from_file(str(path)), length)
+            path = folder / "vocab.json"
+            vocabulary = json.loads(path.read_text("utf-8")) if path.exists() else None
+            path = folder / "merges.txt"
+            merges = path.read_text("utf-8").split("\n")[1:]  # the first line is a title
+            return cls.of_clip([line for line in merges if line], vocabulary, length)
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"{path}: expected CLIP's or our own tokens ({error})") from error
 
     @property
     def size(self) -> int:
@@ -100,7 +105,8 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         rows = [encoding.ids[1:-1] for encoding in self.rules.encode_batch(texts)]
         rows = [[self.start, *row[: self.length - 2], self.end] for row in rows]
-        return torch.tensor([row + [self.end] * (self.length - len(row)) for row in rows])
+        rows = [row + [self.end] * (self.length - len(row)) for row in rows]
+        return torch.tensor(rows, dtype=torch.long)
 
     def truncated(self, text: str) -> str:
         """The end of a text that is too long: what `__call__` cuts off."""

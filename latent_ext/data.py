@@ -1,4 +1,4 @@
-"""What the second evening's trainings do to data before they begin."""
+"""What the trainings of the second evening do to data before they begin."""
 
 import re
 from collections.abc import Sequence
@@ -9,62 +9,83 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latent_ext.vae import VAE
-from toolbox.data import Data, from_bytes
+from toolbox.data import Data, from_uint8
+
+VARIANTS = 8  # of a caption
 
 
-def left_out(labels: Tensor) -> Tensor:
-    """One in seven of the drawn cats' combinations of attributes: nobody trains on them, so that one can ask for the unseen.
+def held_out_combination(labels: Tensor) -> Tensor:
+    """(N, questions) -> (N,): one in seven combinations of the drawn cats' attributes.
 
-    Every single attribute, and every two of them, are still seen.
+    No training sees them, so that one can ask for the unseen; it sees each attribute, and each two.
     """
     return labels.sum(dim=1) % 8 == 4
 
 
-def select(data: Data, wanted: Tensor) -> Data:
-    captions = [caption for caption, keep in zip(data.captions, wanted.tolist(), strict=True) if keep]
-    return replace(data, images=data.images[wanted], labels=data.labels[wanted], captions=captions)
+def select(data: Data, mask: Tensor) -> Data:
+    captions = [caption for caption, keep in zip(data.captions, mask.tolist(), strict=True) if keep]
+    return replace(data, images=data.images[mask], labels=data.labels[mask], captions=captions)
 
 
-def phrasings(captions: Sequence[str]) -> tuple[list[str], Tensor]:
-    """All texts that the U-Net is trained with, the empty one first; and for each caption the indices of eight to choose from.
+def preview_indices(data: "Data | Latents") -> Tensor:
+    """Of 36 images, evenly spaced, because a folder of classes is sorted."""
+    n = len(data.images)
+    return torch.linspace(0, n - 1, min(36, n)).long()
 
-    At least half of the eight (five for the drawn cats) are the whole caption. The others are its beginning, alone or with
-    one of its first two clauses ("with ...", "on ..."): nobody who asks for "an orange cat" says what is behind it.
+
+def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The different captions, and for each of the given ones its index among them, (N,)."""
+    index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
+    return list(index), torch.tensor([index[caption] for caption in captions])
+
+
+def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """All captions that the U-Net is trained with, "" first, and the indices of each image's.
+
+    Of its (N, VARIANTS) at least half are the whole caption. The others leave out some of the first
+    two clauses ("with ...", "on ..."): whoever asks for "an orange cat" may get any background.
     """
-    texts, rows, known = {"": 0}, [], {}
-    for caption in captions:
-        if caption not in known:
-            head, *clauses = re.split(r" (?=with |on )", caption)
-            said = [caption]
-            for kept in range(2 ** min(len(clauses), 2) - 1):  # its binary digits say which clauses stay
-                said.append(" ".join([head, *(clause for i, clause in enumerate(clauses) if kept >> i & 1)]))
-            known[caption] = [texts.setdefault(said[i % len(said) if i >= 4 else 0], len(texts)) for i in range(8)]
-        rows.append(known[caption])
-    return list(texts), torch.tensor(rows)
+    texts, rows = {"": 0}, {}
+    for caption in dict.fromkeys(captions):
+        head, *clauses = re.split(r" (?=with |on )", caption)
+        variants = [caption]
+        for kept in range(2 ** min(len(clauses), 2) - 1):  # its bits say which clauses stay
+            chosen = [clause for i, clause in enumerate(clauses) if kept >> i & 1]
+            variants.append(" ".join([head, *chosen]))
+        half = VARIANTS // 2
+        variants = [caption] * half + [variants[i % len(variants)] for i in range(half)]
+        rows[caption] = [texts.setdefault(variant, len(texts)) for variant in variants]
+    return list(texts), torch.tensor([rows[caption] for caption in captions])
 
 
 @dataclass(frozen=True)
-class Latents(Data):
-    """Pictures as a VAE has encoded them, times its scale: images (N, C, h, w) float, and those of the mirrored pictures."""
+class Latents:
+    """What a VAE makes of Data, for a Run: float, and scaled to a standard deviation of 1."""
 
-    mirrored: Tensor | None = None
+    name: str
+    images: Tensor  # (N, c, h, w)
+    flipped: Tensor  # the same, of the flipped images; these are not flipped latents
+    scaling_factor: float
+    hflip: bool
+    checksum: str  # of Data: latents differ a little from one machine to the next
 
-    def batch(self, chosen: Tensor, mirrored: Tensor) -> Tensor:
-        return torch.where(mirrored[:, None, None, None], self.mirrored[chosen], self.images[chosen])
+    def batch(self, indices: Tensor, flipped: Tensor) -> Tensor:
+        flipped = flipped[:, None, None, None]
+        return torch.where(flipped, self.flipped[indices], self.images[indices])
 
 
 @torch.no_grad()
-def encode(vae: VAE, data: Data) -> Latents:
-    """All pictures, once, so that the U-Net's training need not; and sets vae.scale by what comes out.
+def encode_data(vae: VAE, data: Data) -> Latents:
+    """Encode each image once, so that the U-Net's training need not.
 
-    Of each picture the mean of its latents: their spread is far smaller than what the decoder notices.
+    The mean of its latents: their standard deviation is far below what the decoder notices.
     """
     device = next(vae.parameters()).device
     means: dict[bool, list[Tensor]] = {False: [], True: []}
-    for images in tqdm(data.images.split(64), desc="encoding pictures", leave=False):
+    for images in tqdm(data.images.split(64), desc="encoding images", leave=False):
         for flip in means:
-            x = from_bytes(images.flip(-1) if flip else images).to(device)
-            means[flip].append(vae.encode(x)[0].cpu())
-    images, mirrored = torch.cat(means[False]), torch.cat(means[True])
-    vae.scale = 1 / images.std().item()  # Rombach et al. 2022, appendix G
-    return Latents(data.name, images * vae.scale, data.classes, data.labels, data.captions, data.mirror, mirrored * vae.scale)
+            x0 = from_uint8(images.flip(-1) if flip else images)
+            means[flip].append(vae.encode(x0.to(device))[0].cpu())
+    images, flipped = torch.cat(means[False]), torch.cat(means[True])
+    scale = 1 / images.std().item()  # Rombach et al. 2022, appendix G
+    return Latents(data.name, images * scale, flipped * scale, scale, data.hflip, data.checksum)

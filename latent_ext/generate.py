@@ -12,12 +12,12 @@ from tqdm import tqdm
 from latent_ext.guidance import ClassUNet
 from latent_ext.pipeline import ClassPipeline, Pipeline, image_to_image, inpaint, text_to_image
 from latent_ext.stable_diffusion import load
-from processes import generators
 from toolbox.data import from_uint8, read_image
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, check_writable, user_errors
 from toolbox.images import grid, save_gif, save_grid
 from toolbox.models import find_model, load_model
+from toolbox.seeds import generators
 
 OWN_MODEL = Path("runs/cats-latent")  # of `python -m latent_ext.train all`
 BATCH_PIXELS = 2**18  # go through the networks together: one image of 512x512, or 64 of 64x64
@@ -34,11 +34,15 @@ def make_parser() -> argparse.ArgumentParser:
         f"`latent_ext.train classes`, or a ready model (default: {OWN_MODEL}, else latent-cats)",
     )
     add("--n", type=int, default=4, help="images of each prompt (default: 4)")
-    add("--guidance", type=float, help="how closely to follow the prompt (default: 3, or 7.5)")
+    add(
+        "--guidance",
+        type=float,
+        help="how closely to follow the prompt (default: 3, Stable Diffusion 7.5)",
+    )
     add("--negative", default="", metavar="TEXT", help="what the images must not show")
     add("--size", type=int, help="pixels (default: as the model was trained)")
     add("--steps", type=int, default=50, help="network calls for each image (default: 50)")
-    add("--eta", type=float, help="fresh noise: 1 DDPM, 0 DDIM (default: 1, or 0)")
+    add("--eta", type=float, help="fresh noise: 1 DDPM, 0 DDIM (default: 1, Stable Diffusion 0)")
     add("--init-image", type=Path, metavar="FILE", help="start from this image")
     add("--strength", type=float, help="how much of it to redraw (default: 0.75, with --mask 1)")
     add("--mask", type=Path, metavar="FILE", help="redraw only where this image is white")
@@ -64,9 +68,8 @@ def main() -> None:
             raise UserError(f"{flag} {value}: expected an --init-image to change, too")
 
     device, model = pick_device(args.device), args.model or default_model()
-    pipeline = load_pipeline(
-        model, device, torch.float16 if device.type == "cuda" else torch.float32
-    )
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipeline = load_pipeline(model, device, dtype)
     stable_diffusion = pipeline.spacing == "leading"  # else a model trained here
     parser.set_defaults(
         guidance=7.5 if stable_diffusion else 3.0,
@@ -86,16 +89,14 @@ def main() -> None:
     check_prompts(pipeline, [*args.prompts, args.negative])
 
     options = {"negative": args.negative, "steps": args.steps, "guidance_scale": args.guidance}
-    options |= {"eta": args.eta} | (
-        {"strength": args.strength} if args.init_image else {"size": args.size}
-    )
-    start = []  # nothing, images, or images and masks
+    options |= {"eta": args.eta}
+    options |= {"strength": args.strength} if args.init_image else {"size": args.size}
+    draw, given = text_to_image, []
     if args.init_image:
-        start.append(read(args.init_image, args.size, pipeline.image_channels))
+        draw, given = image_to_image, [read(args.init_image, args.size, pipeline.image_channels)]
     if args.mask:
+        draw, given = inpaint, [*given, read(args.mask, args.size, 1) / 2 + 0.5]
         check_same_shape(args.init_image, args.mask)
-        start.append(read(args.mask, args.size, 1) / 2 + 0.5)
-    draw = (text_to_image, image_to_image, inpaint)[len(start)]
 
     seeds = range(args.seed, args.seed + args.n)
     wanted = [(prompt, seed) for prompt in args.prompts for seed in seeds]
@@ -111,11 +112,10 @@ def main() -> None:
                 trajectory.append(pipeline.decode(z).cpu())
             return z
 
-        options |= {"on_step": on_step}
         for prompts, seeds in (zip(*batch, strict=True) for batch in batches):
-            given = [image.expand(len(prompts), -1, -1, -1) for image in start]
-            options |= {"generator": generators(seeds)}
-            images.append(draw(pipeline, prompts, *given, **options).cpu())
+            copies = [image.expand(len(prompts), -1, -1, -1) for image in given]
+            options |= {"generator": generators(seeds), "on_step": on_step}
+            images.append(draw(pipeline, prompts, *copies, **options).cpu())
 
     images, columns = torch.cat(images), args.n if len(args.prompts) > 1 else None
     save_grid(images, Path(args.out), columns)

@@ -209,11 +209,13 @@ def noised(z0: Tensor, t: int, noise: Tensor, schedule: NoiseSchedule) -> Tensor
     return add_noise(z0, torch.tensor([t], device=z0.device), schedule, noise)[0]
 
 
-def first_latents(z0, noise, timesteps, strength, schedule):
-    """Where the loop starts: at noise without a trace of z0, at z0 itself, or in between."""
-    if strength == 1 or not timesteps:
-        return noise if timesteps else z0
-    return noised(z0, timesteps[0][0], noise, schedule)
+def first_latents(
+    z0: Tensor, noise: Tensor, timesteps: list, strength: float, schedule: NoiseSchedule
+) -> Tensor:
+    """Where the loop starts: at z0 noised to the first time step, if any are left."""
+    if strength == 1:
+        return noise  # Stable Diffusion's first time step would leave a trace of z0
+    return noised(z0, timesteps[0][0], noise, schedule) if timesteps else z0
 
 
 def concat_channels(unet: UNet, extra: Tensor) -> Network:
@@ -227,9 +229,9 @@ def concat_channels(unet: UNet, extra: Tensor) -> Network:
 
 
 class ClassPipeline(Pipeline):
-    """A class-conditional model of pixels: prompts name classes, and the latents are the image."""
+    """A class-conditional model of pixels: prompts name classes, and z is the image itself."""
 
-    clip_x0 = True
+    clip_x0 = True  # pixels lie in [-1, 1]
     downsampling = 1
 
     def __init__(self, network: ClassUNet, schedule: NoiseSchedule, config: dict):

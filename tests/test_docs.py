@@ -1,88 +1,142 @@
-"""What README.md says of the code is true of the code."""
+"""What the pages show is true: code is the code, commands parse, snippets run, links lead on."""
 
+import argparse
+import ast
 import hashlib
+import importlib
 import re
+import shlex
+import sys
+import textwrap
 
 import pytest
-from conftest import ROOT, command
+import torch
+from conftest import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf8")
-SECOND = (ROOT / "latent_ext" / "README.md").read_text(encoding="utf8")
+from toolbox.cats import draw
+from toolbox.images import save_image, to_image
 
-
-def core_lines(path):
-    """Lines that are code: no blanks, comments or docstrings."""
-    text = re.sub(r'^\s*"""(.|\n)*?"""$', "", path.read_text(encoding="utf8"), flags=re.MULTILINE)
-    return len([line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")])
-
-
-@pytest.mark.parametrize(
-    ("start", "file"), [("    for x0 in run.batches():", "train.py"), ("    for t, t_prev in strides(", "processes.py")]
-)
-def test_the_algorithms_in_the_readme_are_the_code(start, file):
-    block = next(b for b in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if b.startswith(start))
-    assert block in (ROOT / file).read_text(encoding="utf8")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
+PAGES += [ROOT / f"{room}/README.md" for room in ("latent_ext", "models")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+ROOMS = (ROOT, ROOT / "toolbox", ROOT / "latent_ext", ROOT / "docs")
+CODE = "".join(path.read_text("utf-8") for room in ROOMS for path in room.glob("*.py"))
+PROGRAMS = r"python3? (?:-m )?(train|sample|evaluate|(?:latent_ext|docs|benchmarks)\.\w+)(?:\.py)?"
 
 
-@pytest.mark.parametrize("page", ["README.md", "latent_ext/README.md", "models/README.md"])
-def test_every_file_that_is_linked_is_there(page):
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf8")):
-        assert ((ROOT / page).parent / link).exists(), link
+def text(path):
+    return path.read_text("utf-8")
 
 
-PROGRAMS = "train.py", "sample.py", "evaluate.py", "-m latent_ext.train", "-m latent_ext.generate", "-m latent_ext.evaluate"
+def name(path):
+    return path.relative_to(ROOT).as_posix()
 
 
-def test_the_file_map_counts_right():
-    for file, lines in re.findall(r"^\| \[(\w+\.py)\].*\| (\d+) \|$", README, flags=re.MULTILINE):
-        assert core_lines(ROOT / file) == int(lines), file
-    assert len(README.splitlines()) <= 250
+def blocks():
+    for path in PAGES:
+        for i, block in enumerate(re.findall(r"```python\n(.*?)```", text(path), flags=re.DOTALL)):
+            yield pytest.param(block, id=f"{name(path)} {i}")
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_every_flag_in_the_readmes_is_one_of_the_program(program, here):
-    options = command(*program.split(), "--help").stdout
-    lines = [line for line in (README + SECOND).splitlines() if f"python {program}" in line]
-    used = {flag for line in lines for flag in re.findall(r"--[\w-]+", line)}
-    assert used - {"--help"} <= set(re.findall(r"--[\w-]+", options)) and used
+def without_indentation(code):
+    return "\n".join(line.strip() for line in code.strip().splitlines())
 
 
-def test_the_checksums_of_the_ready_models_are_right():
-    """models/README.md names every file that lies there, and no file lies there that it does not name."""
-    folder = ROOT / "models"
-    rows = re.findall(r"^\| `([\w./-]+)` .*\| `([0-9a-f]{64})` \|$", (folder / "README.md").read_text(), flags=re.MULTILINE)
-    weights = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors")}
-    assert {name for name, _ in rows} == weights
-    for name, checksum in rows:
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum, name
-    assert sum((folder / name).stat().st_size for name, _ in rows) < 60e6
+@pytest.fixture
+def names():
+    """What a snippet may use: the code's names, tiny networks, and images of noise."""
+    scope = {}
+    for module in ("train", "latent_ext.guidance", "latent_ext.vae", "unet", "processes"):
+        scope |= vars(importlib.import_module(module))
+    scope |= {"schedule": scope["NoiseSchedule"].sigmoid(), "t": torch.tensor([3, 900])}
+    scope |= {"unet": scope["UNet"](channels=(4, 8), attention_levels=(False, True))}
+    scope |= {"vae": scope["VAE"](channels=(4, 4, 8), groups=4)}
+    scope |= dict.fromkeys(("x0", "noise"), torch.randn(2, 3, 32, 32))
+    scope |= dict.fromkeys(("digits", "nothing", "text", "no_text"), torch.zeros(2, 1))
+    scope |= {"latents": torch.randn(2, 4, 8, 8)}
+    return scope | dict.fromkeys(("class_unet", "text_unet"), lambda x, t, context: 0.5 * x)
 
 
-def test_the_core_imports_its_five_packages_and_no_more():
-    allowed = {"torch", "torchvision", "matplotlib", "tqdm", "einops", "PIL"}  # Pillow comes with torchvision
-    standard = {
-        "argparse",
-        "collections",
-        "contextlib",
-        "copy",
-        "ctypes",
-        "dataclasses",
-        "datetime",
-        "difflib",
-        "errno",
-        "functools",
-        "glob",
-        "hashlib",
-        "io",
-        "math",
-        "os",
-        "pathlib",
+@pytest.mark.parametrize("block", blocks())
+def test_a_block_of_code_is_the_code_or_runs(block, names):
+    if without_indentation(block) not in without_indentation(CODE):
+        exec(textwrap.dedent(block), names)
+
+
+class Parsed(Exception):
+    """The program's parser took its words."""
+
+
+def commands():
+    for path in PAGES:
+        shown = re.findall(r"`([^`\n]+)`", text(path))
+        shown += [
+            line
+            for x in re.findall(r"```bash\n(.*?)```", text(path), flags=re.DOTALL)
+            for line in x.splitlines()
+        ]
+        for line in dict.fromkeys(shown):
+            found = re.search(rf"{PROGRAMS}(?= |$)(.*)", line.split("  #")[0])
+            if found and found[2].strip() and "..." not in line:
+                yield pytest.param(*found.groups(), id=f"{name(path)}: {line.strip()}")
+
+
+@pytest.mark.parametrize(("program", "words"), commands())
+def test_a_command_parses(program, words, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser):
+        raise Parsed(parse(parser))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [program, *shlex.split(words.split(" && ")[0])])
+    with pytest.raises(Parsed):
+        importlib.import_module(program).main()
+
+
+def snippets():
+    for path in PAGES:
+        for code in re.findall(r'python -c "(.*?)"', text(path)):
+            yield pytest.param(code, id=f"{name(path)}: {code}")
+
+
+@pytest.mark.parametrize("code", snippets())
+def test_a_snippet_runs(code, here):
+    for i, image in enumerate(draw(40, 20)[0]):
+        save_image(to_image(image), here / "my-photos" / f"{i}.png")
+    exec(code, {})
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_links_lead_on(path):
+    for link in re.findall(r"\]\(([^)#]+)\)", text(path)):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_the_core_imports_nothing_of_the_extension_and_no_program_patches_its_path():
+    own = {"processes", "unet", "train", "sample", "evaluate", "toolbox", "latent_ext"}
+    allowed = {"processes.py": set(), "unet.py": set()}
+    allowed |= {
+        name(path): own - {"latent_ext"} for path in ROOT.glob("*.py") if name(path) not in allowed
     }
-    standard |= {"pickle", "random", "re", "signal", "sys", "textwrap", "time", "traceback", "zlib"}
-    ours = {"processes", "unet", "toolbox"}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "toolbox").glob("*.py")]:
-        found = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf8"), flags=re.MULTILINE))
-        found -= {"torchmetrics"} if path.name == "metrics.py" else set()  # only for --inception, which says so
-        assert found <= allowed | standard | ours, (path.name, found - allowed - standard - ours)
-    for path, rooms in {"processes.py": set(), "unet.py": set()}.items():
-        assert not set(re.findall(r"^from (\w+)", (ROOT / path).read_text(encoding="utf8"), flags=re.MULTILINE)) & ours - rooms
+    allowed |= {
+        name(path): {"processes", "unet", "toolbox"} for path in (ROOT / "toolbox").glob("*.py")
+    }
+    for file, rooms in allowed.items():
+        imports = [node for node in ast.walk(ast.parse(text(ROOT / file)))]
+        found = {x.module.split(".")[0] for x in imports if isinstance(x, ast.ImportFrom)}
+        found |= {
+            y.name.split(".")[0] for x in imports if isinstance(x, ast.Import) for y in x.names
+        }
+        assert found & own <= rooms, file
+    for path in [path for room in (*ROOMS, ROOT / "benchmarks") for path in room.glob("*.py")]:
+        assert "sys.path" not in text(path), path
+
+
+def test_the_checksums_are_those_of_all_ready_models():
+    models = ROOT / "models"
+    listed = dict(line.split()[::-1] for line in text(models / "SHA256SUMS").splitlines())
+    files = [path for path in models.rglob("*") if path.suffix in (".pt", ".safetensors")]
+    found = {path.relative_to(models).as_posix(): path.read_bytes() for path in files}
+    assert listed == {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+    assert sum(map(len, found.values())) < 60e6

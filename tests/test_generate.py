@@ -1,239 +1,228 @@
-"""`python -m latent_ext.generate`: prompts, seeds, pictures to begin with, models of every kind, and mistakes."""
+"""`python -m latent_ext.generate`: prompts, seeds, images to start from, models of every kind."""
 
 import sys
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, pixels, said
 from PIL import Image
 from test_pipeline import LIKE_THE_TOY, tiny_pipeline
-from test_sample import pixels
-from test_train import said
 
 import sample
-import toolbox.models
 from latent_ext import generate
 from latent_ext.guidance import ClassUNet
 from latent_ext.stable_diffusion import save
 from processes import NoiseSchedule
-from toolbox.data import read_picture
-from toolbox.models import card, save_model
+from toolbox.data import read_image
+from toolbox.models import model_config, save_model
 from unet import UNet
 
-FACTOR = 96 // 32  # a grid enlarges pictures of 32x32 so
+ENLARGED = 96 // 32  # a grid enlarges images of 32x32 so
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with tiny random models of every kind, and files that are none."""
+    here = tmp_path_factory.mktemp("models")
+    pipelines = {"toy": tiny_pipeline(dtype=torch.float32, **LIKE_THE_TOY)}
+    pipelines |= {name: tiny_pipeline(dtype=torch.float32) for name in ("sd", "nan")}
+    pipelines |= {"inpaints": tiny_pipeline(9, dtype=torch.float32)}
+    pipelines["nan"].vae.post_quant.bias.data[0] = torch.nan
+    for name, pipeline in pipelines.items():
+        save(pipeline, here / name)
+    digits = ClassUNet({"digit": ["0", "7"]}, 8, in_channels=1, out_channels=1, **TINY)
+    for path, network in {"digits.pt": digits, "runs/model.pt": UNet(**TINY)}.items():
+        for p in network.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+        config = model_config(network, NoiseSchedule.cosine(), 16, "noise")
+        save_model(here / path, network, config)
+    for name, size in {"a.png": (20, 30), "wide.png": (40, 30)}.items():
+        Image.new("RGB", size).save(here / name)
+    for name in ("text.png", "text.pt"):
+        (here / name).write_text("neither an image nor a model")
+    return here
 
 
 @pytest.fixture
-def draw_here(here, monkeypatch, capsys):
-    """draw_here("a cat", "--n", 3) draws in this process with a tiny random pipeline of a folder; returns what was printed."""
-    save(tiny_pipeline(dtype=torch.float32, **LIKE_THE_TOY), here / "toy")
+def draw_here(here, models, monkeypatch, capsys):
+    """draw_here("a cat", "--n", 3) is the program, with the toy; returns what it printed."""
 
     def run(*words):
-        defaults = {"--model": "toy", "--steps": 4, "--n": 2, "--device": "cpu"}
-        given = [word for flag, value in defaults.items() if flag not in words for word in (flag, value)]
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, [*words, *given])])
+        flags = {"--model": models / "toy", "--steps": 4, "--n": 2, "--device": "cpu"}
+        for flag, value in flags.items():
+            words = words if flag in words else (*words, flag, value)
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
         generate.main()
         return capsys.readouterr().out
 
     return run
 
 
-def cells(path, columns, rows):
-    """The pictures of a grid, (rows, columns, 3, 32, 32), 0 .. 255."""
-    step = 32 * FACTOR + 2
-    image = pixels(path)
-    if rows == columns == 1:  # torchvision draws no frame around a single picture
-        image = torch.nn.functional.pad(image, (2, 2, 2, 2))
-    assert image.shape[1:] == (rows * step + 2, columns * step + 2)
-    corners = [(2 + step * row, 2 + step * column) for row in range(rows) for column in range(columns)]
-    small = [image[:, y : y + 32 * FACTOR : FACTOR, x : x + 32 * FACTOR : FACTOR] for y, x in corners]
-    return torch.stack(small).unflatten(0, (rows, columns))
-
-
 def test_each_prompt_has_a_row_and_each_seed_a_column(draw_here, here):
-    draw_here("an orange cat", "a black dog", "--n", 4)
-    both = cells(here / "samples.png", 4, 2)  # as one would not arrange eight pictures otherwise
+    draw_here("an orange cat", "a black dog", "--n", 4, "--out", "grid.png")
     draw_here("a black dog", "--n", 1, "--seed", 2, "--out", "one.png")
-    assert (cells(here / "one.png", 1, 1)[0, 0] - both[1, 2]).abs().max() <= 1  # whoever stands beside it
-    assert (both[1, 2] - both[1, 1]).abs().max() > 20
-    assert (both[0] - both[1]).abs().max() > 2  # random networks hear a prompt, but it moves them little
+    grid, one = pixels(here / "grid.png"), pixels(here / "one.png")
+    step = 32 * ENLARGED + 2
+    assert grid.shape == (3, 2 * step + 2, 4 * step + 2)
+    assert one.shape == (3, 32, 32)  # as it is, so that it can be the next command's input
+    cells = (
+        grid[:, step + 2 :: ENLARGED, 2 * step + 2 :: ENLARGED],
+        grid[:, 2::ENLARGED, 2::ENLARGED],
+    )
+    same, other = (cell[:, :32, :32] for cell in cells)
+    assert (one - same).abs().max() <= 1 and (one - other).abs().max() > 20
 
 
-def test_the_same_command_makes_the_same_file_in_chunks_of_any_size(draw_here, here, monkeypatch):
-    draw_here("an orange cat", "a black dog", "--n", 2, "--out", "a.png", "--gif", "a.gif")
-    draw_here("an orange cat", "a black dog", "--n", 2, "--out", "b.png", "--gif", "b.gif")
-    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
-    assert (here / "a.gif").read_bytes() == (here / "b.gif").read_bytes()
-    monkeypatch.setattr(generate, "PIXELS", 1)
-    draw_here("an orange cat", "a black dog", "--n", 2, "--out", "c.png", "--gif", "c.gif")
-    assert (cells(here / "a.png", 2, 2) - cells(here / "c.png", 2, 2)).abs().max() <= 1
-    with Image.open(here / "a.gif") as a, Image.open(here / "c.gif") as c:
-        assert a.n_frames == c.n_frames == 4  # and the result, which is like the last one: Pillow joins these
-        for frame in range(4):
-            a.seek(frame)
-            c.seek(frame)
-            assert (pixels(a) - pixels(c)).abs().mean() < 3
-        assert (pixels(a) - pixels(here / "a.png")).abs().mean() < 12  # ends with the result; a GIF has few colours
-
-
-def test_a_ready_folder_of_which_a_file_was_changed_is_refused(draw_here, here, monkeypatch, capsys):
-    name = "toy/vae/diffusion_pytorch_model.safetensors"
-    (here / "README.md").write_text(f"| `{name}` | a VAE | `{'0' * 64}` |\n")
-    draw_here("a cat")
-    monkeypatch.setattr(toolbox.models, "READY", here)
-    assert f"{name}: expected the ready model that" in said(lambda: draw_here("a cat"), capsys)
+def test_the_same_command_makes_the_same_files_in_batches_of_any_size(draw_here, here, monkeypatch):
+    for name in ("a", "b", "c"):
+        monkeypatch.setattr(generate, "BATCH_PIXELS", 1 if name == "c" else 2**18)
+        draw_here("an orange cat", "a dog", "--out", f"{name}.png", "--gif", f"{name}.gif")
+    for kind in ("png", "gif"):
+        a, b, c = (here / f"{name}.{kind}" for name in ("a", "b", "c"))
+        assert a.read_bytes() == b.read_bytes()
+        assert (pixels(a) - pixels(c)).abs().mean() < 1
+    with Image.open(here / "a.gif") as gif:
+        assert gif.n_frames == 4  # and the result, which is like the last one: Pillow joins these
+        gif.seek(3)
+        assert (pixels(gif) - pixels(here / "a.png")).abs().mean() < 12  # a GIF has few colours
 
 
 @pytest.mark.parametrize(
-    ("like", "words", "expected"),
+    ("model", "given", "defaults"),
     [
-        (LIKE_THE_TOY, [], {"guidance": 3, "eta": 1, "size": 32, "steps": 50, "negative": ""}),
-        ({}, [], {"guidance": 7.5, "eta": 0, "size": 32, "steps": 50, "negative": ""}),
-        (
-            LIKE_THE_TOY,
-            ["--guidance", "0", "--eta", "0", "--size", "44", "--negative", "dog", "--steps", "9"],
-            {"guidance": 0, "eta": 0, "size": 44, "steps": 9, "negative": "dog"},
-        ),
+        ("toy", [], ["--guidance", 3, "--eta", 1, "--size", 32, "--seed", 0]),
+        ("sd", [], ["--guidance", 7.5, "--eta", 0]),
+        ("toy", ["--init-image", "a.png"], ["--strength", 0.75]),
+        ("toy", ["--init-image", "a.png", "--mask", "a.png"], ["--strength", 1]),
     ],
 )
-def test_the_defaults_are_those_of_the_model_and_flags_replace_them(here, monkeypatch, like, words, expected):
-    heard = {}
-
-    def draw(pipeline, prompts, generator, on_step, **how):
-        heard.update(how)
-        return torch.zeros(len(prompts), 3, 32, 32)
-
-    monkeypatch.setattr(generate, "text_to_image", draw)
-    monkeypatch.setattr(generate, "find", lambda *model: tiny_pipeline(dtype=torch.float32, **like))
-    monkeypatch.setattr(sys, "argv", ["generate.py", "a cat", "--device", "cpu", *words])
-    generate.main()
-    assert heard == expected
+def test_the_defaults_are_those_of_the_model(draw_here, here, models, model, given, defaults):
+    Image.linear_gradient("L").save(here / "a.png")
+    given = ["a cat", "--model", models / model, "--n", 1, *given]
+    draw_here(*given, "--out", "short.png")
+    draw_here(*given, *defaults, "--out", "long.png")
+    assert (here / "short.png").read_bytes() == (here / "long.png").read_bytes()
+    for flag in set(defaults) & {"--guidance", "--eta", "--strength"}:
+        draw_here(*given, flag, 0.4, "--out", "x.png")
+        assert (here / "x.png").read_bytes() != (here / "short.png").read_bytes()
 
 
-@pytest.mark.parametrize(("words", "strength"), [([], 0.75), (["--mask", "grey.png"], 1), (["--strength", "0"], 0)])
-def test_a_picture_is_changed_and_a_hole_is_filled(draw_here, here, monkeypatch, words, strength):
-    Image.new("L", (40, 30), 200).save(here / "grey.png")
-    heard = []
-    monkeypatch.setattr(generate, "image_to_image", lambda *begin, strength, **how: heard.append(strength) or begin[2])
-    monkeypatch.setattr(generate, "inpaint", lambda *begin, strength, **how: heard.append(strength) or begin[2])
-    draw_here("a cat", "--init-image", "grey.png", *words)
-    assert heard == [strength]
+def test_strength_says_how_many_of_the_steps_are_left(draw_here, here):
+    Image.radial_gradient("L").save(here / "a.png")
+    for strength in (0, 0.5, 1):
+        words = ["--strength", strength, "--out", f"{strength}.png", "--gif", "a.gif"]
+        draw_here("a cat", "--init-image", "a.png", *words)
+        with Image.open(here / "a.gif") as gif:
+            assert gif.n_frames == max(1, 4 * strength)
+    assert len({(here / f"{strength}.png").read_bytes() for strength in (0, 0.5, 1)}) == 3
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
 def test_kept_pixels_are_those_of_the_file_whatever_its_mode_and_size(draw_here, here, mode):
-    image = Image.linear_gradient("L").resize((50, 70))
-    image = image.point(lambda value: value * 256, mode="I").convert("I;16") if mode == "I;16" else image.convert(mode)
-    image.save(here / ("begin.tif" if mode == "CMYK" else "begin.png"))
-    begin = next(here.glob("begin.*"))
-    mask = Image.new("L", (64, 64))
-    mask.paste(255, (0, 0, 64, 32))  # the upper half
-    mask.convert("L" if mode == "CMYK" else mode if mode in ("RGBA", "LA", "1", "P") else "L").save(here / "mask.png")
-    draw_here("a cat", "--init-image", begin, "--mask", "mask.png", "--n", 1)
-    result, cropped = cells(here / "samples.png", 1, 1)[0, 0], read_picture(begin, 32).float()
-    assert torch.equal(result[:, 16:], cropped[:, 16:])
-    assert (result[:, :16] - cropped[:, :16]).abs().mean() > 10
+    image = Image.linear_gradient("L").resize((70, 70))
+    if mode == "I;16":
+        image = image.point(lambda value: value * 256, mode="I")
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    image.convert(mode).save(here / name)
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 32))  # what is transparent is white, as paper is
+    mask.save(here / "mask.png")
+    draw_here("a cat", "--init-image", name, "--mask", "mask.png", "--n", 1)
+    result, expected = pixels(here / "samples.png"), read_image(here / name, 32).float()
+    assert torch.equal(result[:, 16:], expected[:, 16:])
+    assert (result[:, :16] - expected[:, :16]).abs().mean() > 10
 
 
-def test_strength_says_how_much_is_drawn_anew(draw_here, here):
-    Image.radial_gradient("L").save(here / "begin.png")
-    for strength in (0, 0.5, 1):
-        draw_here("a cat", "--init-image", "begin.png", "--strength", strength, "--out", f"{strength}.png", "--gif", "way.gif")
-        with Image.open(here / "way.gif") as gif:
-            assert gif.n_frames == max(1, 4 * strength)  # the last one and the result are one, as they are equal
-    assert len({(here / f"{strength}.png").read_bytes() for strength in (0, 0.5, 1)}) == 3
+@pytest.mark.parametrize("enlarged", [1, 3])
+def test_the_output_of_one_command_is_the_input_of_the_next(draw_here, here, enlarged):
+    """As it is, or enlarged by whole pixels, as grids are: what is outside of a mask is kept."""
+    draw_here("a cat", "--n", 1, "--out", "first.png")
+    first = Image.open(here / "first.png")
+    first.resize((32 * enlarged, 32 * enlarged), Image.Resampling.NEAREST).save(here / "first.png")
+    mask = Image.new("L", (32, 32), 100)  # grey is what it is nearer to: black
+    mask.paste(255, (4, 4, 9, 30))
+    mask.save(here / "mask.png")
+    draw_here("a cat", "--n", 1, "--init-image", "first.png", "--mask", "mask.png", "--seed", 5)
+    changed = (pixels(here / "samples.png") - pixels(first)).abs().amax(0) > 0
+    assert changed[4:30, 4:9].float().mean() > 0.9
+    changed[4:30, 4:9] = False
+    assert not changed.any()
 
 
-def test_it_names_what_it_cut_and_what_it_does_not_know(draw_here):
-    printed = draw_here("an orange zebra with green eyes a black dog with a cat", "--negative", "unicorns, dog")
-    assert "too long for this model; it is not told: 'dog with a cat'" in printed
-    assert "does not know 'zebra'\n" in printed
-    assert "'unicorns, dog': this model does not know 'unicorns', ','" in printed
+def test_it_names_what_it_cuts_off_and_what_it_does_not_know(draw_here):
+    printed = draw_here("an orange zebra with green eyes a black dog with a cat", "--negative", "x")
+    assert "too long for this model: 'dog with a cat' is cut off" in printed
+    assert "this model does not know zebra\n" in printed and "'x': this model does not" in printed
     assert "warning" not in draw_here("an orange cat")
+    assert max(map(len, draw_here("a cat and a zebra " * 500).splitlines())) < 250
 
 
-def class_model(here):
-    network = ClassUNet({"digit": ["0", "7"]}, 8, in_channels=1, out_channels=1, **TINY)
-    for p in network.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    save_model(here / "digits.pt", network, card(network, NoiseSchedule.cosine(), 16, "mnist"))
+def test_a_class_is_a_prompt(draw_here, here, models):
+    model = "--model", models / "digits.pt"
+    assert "4 images of 16x16 pixels by" in draw_here("0", "7", *model, "--guidance", 9)
+    grid = pixels(here / "samples.png")
+    assert grid.shape == (3, 198, 198) and (grid[:, :98] - grid[:, 100:]).abs().max() > 20
+    draw_here("7", *model, "--n", 1, "--out", "7.png")
+    draw_here("7", *model, "--n", 1, "--init-image", "7.png", "--strength", 0)
+    assert torch.equal(pixels(here / "samples.png"), pixels(here / "7.png"))
 
 
-def test_a_class_is_a_prompt(draw_here, here):
-    class_model(here)
-    printed = draw_here("0", "7", "--model", "digits.pt")
-    assert "2 pictures of 16x16 pixels by the model digits.pt, for each of 2 prompts" in printed
-    assert pixels(here / "samples.png").shape == (3, 2 * 98 + 2, 2 * 98 + 2)
-    (here / "seven.png").write_bytes((here / "samples.png").read_bytes())
-    draw_here("7", "--model", "digits.pt", "--init-image", "seven.png", "--strength", 0.5)  # the same loop, so this works, too
-
-
-def test_programs_name_each_other(draw_here, here, monkeypatch, capsys):
-    class_model(here)
-    assert "digits.pt: this model is told what to draw; it draws with python -m latent_ext.generate" in said(
-        lambda: sample.load_model("digits.pt"), capsys
-    )
-    network = UNet(**TINY)
-    save_model(here / "core.pt", network, card(network, NoiseSchedule.cosine(), 16, "cats"))
-    told = said(lambda: draw_here("a cat", "--model", "core.pt"), capsys)
-    assert "core.pt: this model is not told what to draw; it draws with python sample.py" in told
-
-
-def test_the_model_trained_here_comes_first(here):
-    assert generate.default_model() == "latent-cats"
-    (here / generate.OWN).mkdir(parents=True)
+def test_the_pipeline_trained_here_comes_first(here):
+    (here / generate.OWN_MODEL).mkdir(parents=True)
     assert generate.default_model() == "latent-cats"  # a training that has no pipeline yet
-    (here / generate.OWN / "model_index.json").touch()
-    assert generate.default_model() == generate.OWN
+    (here / generate.OWN_MODEL / "model_index.json").touch()
+    assert generate.default_model() == generate.OWN_MODEL
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "sentence"),
     [
-        (["--n", "0"], "--n 0: expected 1 or more"),
+        (["--n", "0"], "--n 0: expected 1 to"),
+        (["--n", "100000"], "--n 100000: expected 1 to"),
         (["--seed", "-1"], "--seed -1: expected 0 to"),
         (["--eta", "2"], "--eta 2.0: expected 0 to 1"),
-        (["--guidance", "-1"], "--guidance -1.0: expected 0 or more"),
-        (["--guidance", "nan"], "--guidance nan: expected 0 or more"),
-        (["--steps", "0"], "expected 1 to 1000 steps"),
+        (["--guidance", "-1"], "--guidance -1.0: expected 0 to 100"),
+        (["--guidance", "nan"], "--guidance nan: expected 0 to 100"),
+        (["--guidance", "inf"], "--guidance inf: expected 0 to 100"),
+        (["--guidance", "1e38"], "--guidance 1e+38: expected 0 to 100"),
+        (["--steps", "0"], "--steps 0: expected 1 to 1000"),
         (["--size", "33"], "--size 33: expected a multiple of 4"),
-        (["--size", "0"], "--size 0: expected a multiple of 4"),
-        (["--mask", "photo.png"], "--mask photo.png: expected an --init-image, too"),
-        (["--strength", "0.5"], "--strength 0.5: expected an --init-image, too"),
-        (["--init-image", "photo.png", "--strength", "1.5"], "--strength 1.5: expected 0 to 1"),
-        (["--init-image", "nowhere.png"], "nowhere.png: expected a picture"),
-        (["--init-image", "text.png"], "text.png: expected a picture"),
-        (["--init-image", "photo.png", "--mask", "text.png"], "text.png: expected a picture"),
-        (["--init-image", "toy"], "toy: expected a picture"),
-        (["--out", "cats.jpg"], "cats.jpg: expected a name that ends in .png"),
-        (["--gif", "cats.mp4"], "cats.mp4: expected a name that ends in .gif"),
-        (["--out", "text.png/cats.png"], "text.png: expected a folder, this is a file; use another name"),
+        (["--size", "100000"], "--size 100000: expected 1 to"),
+        (["--mask", "a.png"], "--mask a.png: expected an --init-image"),
+        (["--strength", "0.5"], "--strength 0.5: expected an --init-image"),
+        (["--init-image", "a.png", "--strength", "1.5"], "--strength 1.5: expected 0 to 1"),
+        (["--init-image", "none.png"], "none.png: expected an image"),
+        (["--init-image", "text.png"], "text.png: expected an image"),
+        (["--init-image", "a.png", "--mask", "text.png"], "text.png: expected an image"),
+        (["--init-image", "a.png", "--mask", "wide.png"], "wide.png: expected the shape of a.png"),
+        (["--init-image", "toy"], "toy: expected an image"),
+        (["--out", "cats.jpg"], "--out cats.jpg: expected a name that ends in .png"),
+        (["--out", ""], "--out : expected a name that ends in .png"),
+        (["--gif", "cats.mp4"], "--gif cats.mp4: expected a name that ends in .gif"),
+        (["--out", "text.png/cats.png"], "error: text.png/cats.png: "),
         (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
-        (["--model", "catz"], "--model catz: no such file or folder, and no ready model"),
-        (["--model", "text.pt"], "text.pt: expected a file that torch.save wrote whole"),
-        (["--model", "digits.pt"], "'a cat': this model has no such class. Its classes: digit: 0, 7"),
+        (["--model", "latent-catz"], "did you mean latent-cats?"),
+        (["--model", "runs"], "did you mean runs/model.pt?"),
+        (["--model", "text.pt"], "text.pt: expected a file of torch.save"),
+        (["--model", "digits.pt"], "'a cat': this model has no such class"),
+        (["--model", "runs/model.pt"], "runs/model.pt: expected another kind of model; use python"),
+        (
+            ["--model", "inpaints"],
+            "--model inpaints: it inpaints; add an --init-image and a --mask",
+        ),
+        (["--model", "nan"], "post_quant_conv.bias"),
     ],
 )
-def test_bad_input_gets_one_sentence(draw_here, here, capsys, words, told):
-    class_model(here)
-    Image.new("RGB", (20, 30)).save(here / "photo.png")
-    (here / "text.png").write_text("no picture")
-    (here / "text.pt").write_text("no model")
-    before = sorted(path.name for path in here.iterdir())
-    assert told in said(lambda: draw_here("a cat", *words), capsys)
-    assert sorted(path.name for path in here.iterdir()) == before and (here / "text.png").read_text() == "no picture"
+def test_bad_input_gets_one_sentence_and_writes_nothing(
+    draw_here, models, monkeypatch, capsys, words, sentence
+):
+    monkeypatch.chdir(models)
+    before = sorted(models.rglob("*"))
+    assert sentence in said(lambda: draw_here("a cat", *words), capsys)
+    assert sorted(models.rglob("*")) == before and "neither" in (models / "text.png").read_text()
 
 
-def test_a_network_for_inpainting_asks_for_a_mask(draw_here, here, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "find", lambda *model: tiny_pipeline(in_channels=9, dtype=torch.float32))
-    assert "was trained for inpainting; it needs --init-image and --mask" in said(lambda: draw_here("a cat"), capsys)
-    Image.new("L", (32, 32), 255).save(here / "white.png")
-    draw_here("a cat", "--init-image", "white.png", "--mask", "white.png")
-
-
-def test_transparent_and_grey_of_a_mask(here):
-    """What is transparent is white paper, so it is repainted; grey counts as what it is nearer to."""
-    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(here / "clear.png")
-    assert generate.read(here / "clear.png", 16, 1).min() == 1
-    Image.new("L", (32, 32), 100).save(here / "grey.png")
-    torch.testing.assert_close(generate.read(here / "grey.png", 16, 1), torch.full((1, 1, 16, 16), 100 / 127.5 - 1))
+def test_sample_sends_pipelines_and_class_models_here(models, capsys):
+    for model in ("digits.pt", "toy"):
+        sentence = said(lambda model=model: sample.load_model(models / model), capsys)
+        assert model in sentence and "latent_ext.generate for this one" in sentence

@@ -1,6 +1,5 @@
-"""docs/lab.py still runs, docs/lab.md shows its lines, and each bug of the page is caught by the test it names."""
+"""The laboratory's experiments run, its bugs are caught by their tests, and the homework works."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,80 +10,129 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+from docs import homework, lab
 from toolbox.cats import draw
+from toolbox.files import UserError
 
-TEXT = (ROOT / "docs/lab.md").read_text(encoding="utf8")
-LAB = ROOT / "docs/lab.py"
-spec = importlib.util.spec_from_file_location("lab", LAB)
-lab = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(lab)
-EXPERIMENTS = [name.removeprefix("experiment_") for name in dir(lab) if name.startswith("experiment_")]
+LAB = (ROOT / "docs/lab.md").read_text("utf-8")
+MEASURED = ("loss", "steps")  # with the ready model
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"STEPS": 2, "BATCH": 2, "CALLS": 2, "cats": lambda: draw(8, 16)[0]}.items():
-            patch.setattr(lab, name, value)
-        yield
+def run(module, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+    module.main()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_each_experiment_draws_its_picture(tiny, here, monkeypatch, name):
-    monkeypatch.setattr(sys, "argv", ["lab.py", name])
-    before = torch.get_num_threads(), torch.random.get_rng_state()
-    lab.main()
-    torch.random.set_rng_state(before[1])
-    with Image.open(here / f"runs/lab/lab-{name}.png") as picture:
-        assert picture.width == 662 and picture.height % 66 == 2
+@pytest.fixture
+def tiny(here, monkeypatch):
+    """Experiments in seconds. Their trainings are cached: without the tiny ones afterwards."""
+    few = draw(8, 16)[0]
+    values = {"TRAINING_STEPS": 2, "BATCH": 2, "CALLS": 2, "cats": lambda: few}
+    for name, value in values.items():
+        monkeypatch.setattr(lab, name, value)
+    with torch.random.fork_rng():
+        yield here
+    lab.train.cache_clear()
 
 
-def test_an_experiment_that_is_none(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lab.py", "nine"])
-    with pytest.raises(SystemExit, match="with a NAME of: 1 2 3"):
-        lab.main()
-
-
-def test_the_lines_in_the_text_are_those_of_the_file():
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert len(blocks) >= 7
-    for block in blocks:
-        assert block in LAB.read_text(encoding="utf8"), block
-
-
-def test_pictures_experiments_tests_and_links_exist():
-    pictures = [ROOT / "docs" / name for name in re.findall(r"!\[[^\]]+\]\((.*?)\)", TEXT)]
-    assert len(pictures) >= 8 and sum(path.stat().st_size for path in pictures) < 700_000
-    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert (ROOT / "docs" / link).exists(), link
-    asked = {word for line in re.findall(r"python docs/lab\.py ([\w ]+)", TEXT) for word in line.split()}
-    assert asked == set(EXPERIMENTS)
-    tests = "".join(path.read_text(encoding="utf8") for path in (ROOT / "tests").glob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", TEXT):
-        assert f"def {name}(" in tests, name
-
-
-def test_every_flag_in_the_text_is_one_of_its_program():
-    for program, words in re.findall(r"python (train|sample|evaluate)\.py ([^`\n#]+)", TEXT):
-        for flag in re.findall(r"--[\w-]+", words):
-            assert f'"{flag}"' in (ROOT / f"{program}.py").read_text(encoding="utf8"), (program, flag)
-
-
-@pytest.mark.parametrize("bug", lab.BUGS)
-def test_each_bug_is_one_line_of_ours_and_in_the_table(bug):
-    file, line, instead, test = lab.BUGS[bug]
-    assert (ROOT / file).read_text(encoding="utf8").count(line) == 1
-    row = next(row for row in TEXT.splitlines() if row.startswith(f"| {bug} |"))
-    assert f"`{instead}`" in row and (f"`{test}`" in row or not test)
+@pytest.mark.parametrize("name", [name for name in lab.EXPERIMENTS if name not in MEASURED])
+def test_each_experiment_draws_its_labelled_image(tiny, monkeypatch, name):
+    run(lab, monkeypatch, name)
+    with Image.open(tiny / f"runs/lab/lab-{name}.png") as image, image.convert("L") as grey:
+        assert grey.width == lab.LABELS + 10 * 98 + 2 and grey.height % 98 == 2
+        for top in range(0, grey.height - 2, 98):  # black text on white, left of each row
+            darkest, brightest = grey.crop((0, top, lab.LABELS, top + 98)).getextrema()
+            assert darkest < 60 and brightest == 255
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", [bug for bug in lab.BUGS if lab.BUGS[bug][3]])
-def test_each_bug_is_caught_by_the_test_it_names(tmp_path, bug):
-    file, line, instead, test = lab.BUGS[bug]
-    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "runs", "data", "*.png"))
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "", "-k", test, "tests"]
-    assert subprocess.run(words, cwd=copy, capture_output=True).returncode == 0  # without the bug it passes
-    source = (copy / file).read_text(encoding="utf8")
-    (copy / file).write_text(source.replace(line, instead), encoding="utf8")
-    assert subprocess.run(words, cwd=copy, capture_output=True).returncode == 1
+def test_what_is_measured_of_the_ready_model(here, monkeypatch, capsys):
+    monkeypatch.setattr(lab, "CALLS_TRIED", (1, 2))
+    monkeypatch.setattr(lab, "SAMPLES", 8)
+    run(lab, monkeypatch, "steps")
+    assert Image.open(here / "runs/lab/lab-steps.png").width == 1000
+    assert len(re.findall(r"^\| [12] \| [01] \|", capsys.readouterr().out, re.MULTILINE)) == 4
+
+
+def test_each_experiment_is_on_the_page_and_each_on_the_page_exists(monkeypatch, capsys):
+    named = re.findall(r"python -m docs\.lab ([\w ]+)", LAB)
+    assert set(" ".join(named).split()) == set(lab.EXPERIMENTS) - set(MEASURED)
+    with pytest.raises(SystemExit):
+        run(lab, monkeypatch, "nine")
+    assert "invalid choice: 'nine'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", range(1, len(lab.BUGS) + 1))
+def test_each_bug_is_one_line_of_ours_and_in_the_table(number):
+    bug, (file, line, instead, tests) = [*lab.BUGS.items()][number - 1]
+    assert (ROOT / file).read_text("utf-8").count(line) == 1
+    (row,) = re.findall(rf"^\| {number} \| (.*) \|$", LAB, flags=re.MULTILINE)
+    cells = row.split(" | ")
+    assert [*cells[:3], cells[-1]] == [bug, file, f"`{instead}`", tests]
+
+
+def pytest_in(folder, *words):
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=600).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tests", sorted({bug[3] for bug in lab.BUGS.values()}))
+def test_each_bug_is_caught_by_the_tests_it_names(tmp_path, monkeypatch, tests):
+    ignore = shutil.ignore_patterns(*homework.LEFT_OUT)
+    assert (
+        pytest_in(shutil.copytree(ROOT, tmp_path / "right", ignore=ignore), f"tests/{tests}") == 0
+    )
+    for number, bug in enumerate(lab.BUGS, start=1):
+        if lab.BUGS[bug][3] == tests:
+            run(homework, monkeypatch, tmp_path / bug, "--hunt", number)
+            assert pytest_in(tmp_path / bug, f"tests/{tests}") == 1, bug
+
+
+# ---- homework ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pupil(tmp_path_factory):
+    """A copy with ten blanks."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        folder = tmp_path_factory.mktemp("homework") / "copy"
+        run(homework, monkeypatch, folder)
+    return folder
+
+
+def test_each_blank_is_a_body_that_is_gone_and_its_docstring_is_not(pupil):
+    for task in homework.TASKS:
+        file, name = task.split(":")
+        before, after = ((root / file).read_text("utf-8") for root in (ROOT, pupil))
+        blanks = after.count(f'raise NotImplementedError("homework: {name}")')
+        assert blanks == (2 if name == "sample" else 1)
+        compile(after, file, "exec")
+        assert len(after) < len(before) and after.count('"""') == before.count('"""')
+
+
+def test_the_report_tells_what_is_done(pupil, monkeypatch, capsys):
+    """Nothing of the blank copy; all of it, once the original bodies are back."""
+    run(homework, monkeypatch, pupil)
+    assert capsys.readouterr().out.count("to do") == len(homework.TASKS)
+    blanks = {file: (pupil / file).read_text("utf-8") for file in homework.files()}
+    for file in blanks:
+        shutil.copy(ROOT / file, pupil / file)
+    run(homework, monkeypatch, pupil)
+    assert capsys.readouterr().out.count("done ") == len(homework.TASKS)
+    for file, text in blanks.items():
+        (pupil / file).write_text(text, "utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", homework.TASKS)
+def test_each_blank_alone_fails_its_test(pupil, task):
+    for file in homework.files():
+        shutil.copy(ROOT / file, pupil / file)
+    homework.blank(pupil, task)
+    assert pytest_in(pupil, homework.TASKS[task]) in (1, 2)
+
+
+def test_the_copy_stays_outside_of_the_repository(monkeypatch):
+    with pytest.raises(UserError, match="outside"):
+        run(homework, monkeypatch, ROOT / "docs" / "copy")

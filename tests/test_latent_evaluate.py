@@ -1,168 +1,183 @@
-"""latent_ext/evaluate.py; and that the ready pipeline does what the second evening's README says of it."""
+"""latent_ext/evaluate.py; and that ready models do what the second evening's README says."""
 
 import re
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, said
 from diffusers import StableDiffusionPipeline
 
 import latent_ext.evaluate
 import latent_ext.pipeline
-from latent_ext.data import left_out
-from latent_ext.evaluate import answers, ask
-from latent_ext.generate import find
-from latent_ext.guidance import ClassUNet, labels_of
+from latent_ext.data import held_out_combination
+from latent_ext.evaluate import choose_prompts, read_labels
+from latent_ext.generate import load_pipeline
+from latent_ext.guidance import ClassUNet, parse_labels
 from latent_ext.pipeline import image_to_image, inpaint, text_to_image
 from processes import NoiseSchedule
 from toolbox.cats import ATTRIBUTES, draw
-from toolbox.data import Data, to_bytes
-from toolbox.metrics import FeatureNet, kernel_distance
-from toolbox.models import card, read, save_model
+from toolbox.data import Data, to_uint8
+from toolbox.metrics import FeatureNet, kernel_distance, questions_of
+from toolbox.models import model_config, read, save_model
+from toolbox.seeds import generators
 
 READY = ROOT / "models" / "latent-cats"
-HOW = {"guidance": 3.0, "eta": 1.0, "steps": 25}
-EYES = list(ATTRIBUTES).index("eyes")
-FUR = list(ATTRIBUTES).index("fur")
+OPTIONS = {"guidance_scale": 3.0, "eta": 1.0, "steps": 25}
+FUR, EYES = (list(ATTRIBUTES).index(name) for name in ("fur", "eyes"))
 
 
-def drawn(n, size, **wanted):
-    images, labels, captions = draw(n, size, seed=7, **wanted)
-    return Data("cats", to_bytes(images), ATTRIBUTES, torch.stack([*labels.values()], dim=1), captions)
+def cats(n, size, **attributes):
+    images, labels, captions = draw(n, size, seed=7, **attributes)
+    labels = torch.stack([*labels.values()], dim=1)
+    return Data("cats", to_uint8(images), ATTRIBUTES, labels, captions)
 
 
-def seeds(n):
-    return [torch.Generator().manual_seed(i) for i in range(n)]
+def ready_classifier(data):
+    network = FeatureNet(data.channels, questions_of(data))
+    stored = read(ROOT / "models" / "features" / f"{data.name}-{data.size}.pt")
+    network.load_state_dict(stored["weights"])
+    return network.eval()
 
 
 @pytest.fixture(scope="module")
 def classifier():
-    stored = read(ROOT / "models" / "features" / "cats-32.pt")
-    network = FeatureNet(**stored["network"])
-    network.load_state_dict({name: w.float() for name, w in stored["weights"].items()})
-    return network.eval()
+    return ready_classifier(cats(1, 32))
 
 
-def test_half_of_the_prompts_ask_for_what_nobody_trained_on():
-    data = drawn(300, 4)
-    prompts, labels, unseen = ask(data, 20, find(READY))
-    assert len(prompts) == 20
-    assert unseen.sum() == 10 and torch.equal(left_out(labels), unseen)
-    assert prompts[-1] == data.captions[(~left_out(data.labels)).nonzero()[-1]]  # spread over all: folders are sorted
-    for prompt, row in zip(prompts, labels.tolist(), strict=True):
-        assert row in data.labels[[i for i, caption in enumerate(data.captions) if caption == prompt]].tolist()
-
-
-def test_a_model_of_classes_is_asked_in_its_own_words():
-    class Classes:
-        tokenizer = None
-
-    prompts, labels, _ = ask(drawn(100, 4), 12, Classes())
-    assert [labels_of(prompt, ATTRIBUTES) for prompt in prompts] == (labels + 1).tolist()
-
-
-class Half:
-    name = "half"
-
-    def __init__(self, classifier):
-        self.see = lambda images: classifier.see(images) / 2
-
-
-def test_guidance_0_draws_as_if_nothing_was_asked_and_is_compared_with_the_data_too(tmp_path, monkeypatch, capsys):
-    """So one model of classes is both: told what to draw, and the simple one."""
-    torch.manual_seed(0)
-    images, digits = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), {"digit": ("0", "7")}
-    data = Data("folder", images, digits, torch.arange(64)[:, None] % 2)
-    network = ClassUNet(digits, 8, in_channels=1, out_channels=1, widths=(8, 8), attention=(False, True))
-    classifier = FeatureNet(1, {"digit": 2, "damage": 6}).eval()
-    for p in [*network.parameters(), *classifier.parameters()]:
-        torch.nn.init.normal_(p, std=0.3)
-    save_model(tmp_path / "model.pt", network, card(network, NoiseSchedule.sigmoid(), 8, "folder"))
-    monkeypatch.setattr(latent_ext.evaluate, "load_data", lambda *a, **k: data)
-    monkeypatch.setattr(latent_ext.evaluate, "feature_net", lambda data: classifier)
-    monkeypatch.setattr(latent_ext.evaluate, "Inception", lambda: Half(classifier))  # stands for another scale
-    words = ["evaluate", "--model", str(tmp_path / "model.pt"), "--n", "8", "--steps", "2", "--guidance", "0", "1"]
-    words.append("--inception")
-    monkeypatch.setattr(sys, "argv", words)
-    latent_ext.evaluate.main()
-    printed = capsys.readouterr().out
-    halves = re.findall(r"KID x 1000, half +(-?[\d.]+)", printed)
-    printed = re.findall(r"KID x 1000, our features +(-?[\d.]+)", printed)
-
-    def distance(prompts):
-        how = {"steps": 2, "eta": 1.0, "guidance": 1.0, "generator": seeds(8)}
-        pictures = to_bytes(text_to_image(find(tmp_path / "model.pt"), prompts, **how))
-        return 1000 * kernel_distance(classifier.see(pictures), classifier.see(images[1::2]))
-
-    expected = [distance([""] * 8), distance(["0", "7"] * 4)]
-    assert [float(x) for x in printed] == pytest.approx(expected, abs=0.06) and abs(expected[0] - expected[1]) > 0.5
-    assert len(halves) == 2 and all(0 < float(half) < float(whole) for half, whole in zip(halves, printed, strict=True))
+@pytest.mark.parametrize("by_class", [False, True])
+def test_half_of_the_prompts_ask_for_unseen_combinations(by_class):
+    data = cats(300, 4)
+    prompts, labels, unseen = choose_prompts(data, 20, by_class)
+    assert len(prompts) == 20 and unseen.sum() == 10
+    assert torch.equal(held_out_combination(labels), unseen)
+    last = (~held_out_combination(data.labels)).nonzero()[-1, 0]  # evenly spaced: up to the last
+    assert torch.equal(labels[-1], data.labels[last])
+    if by_class:
+        assert [parse_labels(prompt, ATTRIBUTES) for prompt in prompts] == (labels + 1).tolist()
+    else:
+        assert prompts[-1] == data.captions[last]
+        pairs = set(zip(data.captions, map(tuple, data.labels.tolist()), strict=True))
+        assert pairs >= set(zip(prompts, map(tuple, labels.tolist()), strict=True))
 
 
 def test_the_judge_reads_drawings_of_twice_its_size(classifier):
-    data = drawn(64, 64)
-    assert torch.equal(answers(classifier, data.images, 32), data.labels)
+    data = cats(64, 64)
+    assert torch.equal(read_labels(classifier, data.images, 32), data.labels)
 
 
-def test_diffusers_opens_the_ready_pipeline_and_draws_the_same_picture(monkeypatch):
-    theirs = StableDiffusionPipeline.from_pretrained(READY, safety_checker=None, local_files_only=True)
-    theirs.set_progress_bar_config(disable=True)
-    prompts, noise = (
-        ["an orange tabby cat with green eyes", "a black cat"],
-        torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+def test_each_guidance_scale_is_measured_on_the_same_prompts_and_seeds(
+    tmp_path, monkeypatch, capsys
+):
+    """Attributes, and, as the model draws the whole data, its distance: at scale 0 of prompt ""."""
+    torch.manual_seed(0)
+    digits = {"digit": ("0", "7")}
+    images = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8)
+    data = Data("folder", images, digits, torch.arange(64)[:, None] % 2)
+    sizes = {"channels": (8, 8), "attention_levels": (False, True)}
+    network = ClassUNet(digits, 8, in_channels=1, out_channels=1, **sizes)
+    judge = FeatureNet(1, {"digit": 2, "corruption": 6}).eval()
+    for p in [*network.parameters(), *judge.parameters()]:
+        torch.nn.init.normal_(p, std=0.3)
+    model = tmp_path / "model.pt"
+    config = model_config(network, NoiseSchedule.sigmoid(), 8, "folder")
+    save_model(model, network, config)
+    monkeypatch.setattr(latent_ext.evaluate, "load_data", lambda *a, **k: data)
+    monkeypatch.setattr(latent_ext.evaluate, "feature_net", lambda data: judge)
+    words = f"evaluate --model {model} --n 8 --steps 2 --guidance 0 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", words.split())
+    latent_ext.evaluate.main()
+    printed = capsys.readouterr().out
+    shares = re.findall(r"^([\d.]+) +all +([\d.]+) % +([\d.]+) %$", printed, re.MULTILINE)
+    distances = re.findall(r"^KID x 1000 \(our features\) +(-?[\d.]+)", printed, re.MULTILINE)
+    assert len(shares) == len(distances) == 2
+    for scale, prompts, row, distance in zip(
+        ("0.0", "1.0"), ([""] * 8, ["0", "7"] * 4), shares, distances, strict=True
+    ):
+        options = {"steps": 2, "eta": 1.0, "guidance_scale": 1.0, "generator": generators(range(8))}
+        made = to_uint8(text_to_image(load_pipeline(model), prompts, **options))
+        right = (read_labels(judge, made, 8)[:, 0] == torch.arange(8) % 2).float().mean()
+        assert row == (scale, f"{100 * right:.1f}", f"{100 * right:.1f}")
+        ours, real = judge.extract_features(made), judge.extract_features(images[1::2])
+        assert float(distance) == pytest.approx(1000 * kernel_distance(ours, real), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--n 3", "--n 3: expected 4 or more"),
+        ("--guidance nan", "--guidance nan: expected 0"),
+        ("--steps 1001", "1001"),
+        ("--data photos", "expected classes"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(photos, monkeypatch, capsys, words, sentence):
+    (photos / "13.png").write_bytes((photos / "0.png").read_bytes())
+    for i in range(14, 17):
+        (photos / f"{i}.png").write_bytes((photos / "0.png").read_bytes())
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "latent-cats", *words.split()])
+    assert sentence in said(latent_ext.evaluate.main, capsys)
+
+
+# ---- ready models --------------------------------------------------------------------------------
+
+
+def test_diffusers_opens_the_ready_pipeline_and_draws_the_same_image(monkeypatch):
+    theirs = StableDiffusionPipeline.from_pretrained(
+        READY, safety_checker=None, local_files_only=True
     )
-    expected = theirs(
-        prompts, latents=noise, num_inference_steps=5, guidance_scale=3.0, eta=0.0, output_type="pt", height=64, width=64
-    ).images
-    monkeypatch.setattr(latent_ext.pipeline, "randn", lambda *_: noise)
-    got = text_to_image(find(READY), prompts, steps=5, guidance=3.0, eta=0.0)
-    difference = (
-        (got + 1) / 2 - expected
-    ).abs()  # of 0 .. 1. In the first step 1/sqrt(alpha_bar) is 20,000: math.md, section 6
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["an orange tabby cat with green eyes", "a black cat"]
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"num_inference_steps": 5, "guidance_scale": 3.0, "eta": 0.0, "output_type": "pt"}
+    expected = theirs(prompts, latents=noise, height=64, width=64, **options).images
+    monkeypatch.setattr(latent_ext.pipeline, "randn_like", lambda *_: noise)
+    ours = text_to_image(load_pipeline(READY), prompts, steps=5, guidance_scale=3.0, eta=0.0)
+    # In the first step 1 / sqrt(alpha_bar) is 20,000: math.md, section 6.
+    difference = ((ours + 1) / 2 - expected).abs()
     assert difference.mean() < 5e-4 and difference.max() < 0.02
 
 
 @pytest.mark.slow
-def test_the_ready_digits_are_the_asked_ones():
-    stored = read(ROOT / "models" / "features" / "mnist-28.pt")
-    judge = FeatureNet(**stored["network"])
-    judge.load_state_dict({name: w.float() for name, w in stored["weights"].items()})
-    asked = torch.arange(40) % 10
-    made = text_to_image(find("digits"), [str(digit) for digit in asked.tolist()], generator=seeds(40), **HOW)
-    assert (answers(judge.eval(), to_bytes(made), 28)[:, 0] == asked).sum() >= 38
+def test_the_ready_digits_are_those_of_the_prompts():
+    digits = torch.arange(40) % 10
+    prompts, options = [str(digit) for digit in digits.tolist()], OPTIONS
+    x = text_to_image(load_pipeline("digits"), prompts, generator=generators(range(40)), **options)
+    judge = ready_classifier(Data("mnist", x, {"digit": range(10)}))
+    assert (read_labels(judge, to_uint8(x), 28)[:, 0] == digits).sum() >= 38
 
 
 @pytest.mark.slow
-def test_the_ready_pipeline_draws_what_it_is_asked_for(classifier):
-    prompts, labels, unseen = ask(drawn(300, 4), 40, find(READY))
-    got = answers(classifier, to_bytes(text_to_image(find(READY), prompts, generator=seeds(40), **HOW)), 32) == labels
-    assert got.float().mean() > 0.96 and got.all(1).float().mean() > 0.85
-    assert got[unseen].float().mean() > 0.94
+def test_the_ready_pipeline_draws_what_the_prompts_say(classifier):
+    prompts, labels, unseen = choose_prompts(cats(300, 4), 40, by_class=False)
+    x = text_to_image(load_pipeline(READY), prompts, generator=generators(range(40)), **OPTIONS)
+    right = read_labels(classifier, to_uint8(x), 32) == labels
+    assert right.float().mean() > 0.96 and right.all(1).float().mean() > 0.85
+    assert right[unseen].float().mean() > 0.94
 
 
 @pytest.mark.slow
-def test_with_more_strength_a_picture_is_farther_from_its_input_and_nearer_to_its_text(classifier):
-    pipeline, data = find(READY), drawn(12, 64, fur="orange", eyes="green")
-    images = data.images.float() / 127.5 - 1
-    prompts = ["a black cat with yellow eyes"] * 12
-    distances, black = [], []
+def test_with_more_strength_an_image_moves_from_its_input_to_its_prompt(classifier):
+    pipeline, images = load_pipeline(READY), draw(12, 64, seed=7, fur="orange", eyes="green")[0]
+    prompts, distances, black = ["a black cat with yellow eyes"] * 12, [], []
     for strength in (0.08, 0.3, 0.6, 1.0):
-        made = image_to_image(pipeline, prompts, images, strength=strength, generator=seeds(12), **HOW)
-        distances.append((made - images).square().mean().item())
-        black.append((answers(classifier, to_bytes(made), 32)[:, FUR] == ATTRIBUTES["fur"].index("black")).sum().item())
+        options = OPTIONS | {"strength": strength, "generator": generators(range(12))}
+        x = image_to_image(pipeline, prompts, images, **options)
+        distances.append((x - images).square().mean().item())
+        furs = read_labels(classifier, to_uint8(x), 32)[:, FUR]
+        black.append((furs == ATTRIBUTES["fur"].index("black")).sum().item())
     assert distances == sorted(distances) and distances[-1] > 3 * distances[0]
     assert black[0] <= 2 and black[-1] >= 11
 
 
 @pytest.mark.slow
-def test_inpainting_keeps_what_is_black_in_the_mask_and_paints_the_text_where_it_is_white(classifier):
-    pipeline, data = find(READY), drawn(12, 64, eyes="green", pattern="plain")
-    images = data.images.float() / 127.5 - 1
+def test_inpainting_keeps_what_is_black_in_the_mask_and_redraws_what_is_white(classifier):
+    images, labels, _ = draw(12, 64, seed=7, eyes="green", pattern="plain")
     masks = torch.zeros(12, 1, 64, 64)
     masks[:, :, 8:44] = 1
-    furs = [ATTRIBUTES["fur"][k] for k in data.labels[:, FUR]]
-    prompts = [f"{'an' if fur == 'orange' else 'a'} {fur} cat with blue eyes" for fur in furs]
-    made = inpaint(pipeline, prompts, images, masks, generator=seeds(12), **HOW)
-    assert torch.equal(made[:, :, :8], images[:, :, :8]) and torch.equal(made[:, :, 44:], images[:, :, 44:])
-    assert (answers(classifier, to_bytes(made), 32)[:, EYES] == ATTRIBUTES["eyes"].index("blue")).sum() >= 10
+    prompts = [f"a {ATTRIBUTES['fur'][k]} cat with blue eyes" for k in labels["fur"]]
+    options = OPTIONS | {"generator": generators(range(12))}
+    x = inpaint(load_pipeline(READY), prompts, images, masks, **options)
+    assert torch.equal(x[masks.expand_as(x) == 0], images[masks.expand_as(x) == 0])
+    eyes = read_labels(classifier, to_uint8(x), 32)[:, EYES]
+    assert (eyes == ATTRIBUTES["eyes"].index("blue")).sum() >= 10

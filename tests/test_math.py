@@ -1,523 +1,429 @@
-"""The derivation of docs/math.md, carried out with numbers; and its numbers and the code's comments agree."""
+"""The derivation of docs/math.md, carried out with numbers; and the figures of docs/ are right.
 
+What an equation claims of code is proved where that code is tested; here is what lies between.
+"""
+
+import itertools
 import math
 import re
 
 import pytest
 import torch
 from conftest import ROOT
-from test_guidance import normal_classes
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
+from torch import nn
+from torch.distributions import Binomial, Categorical, MixtureSameFamily, MultivariateNormal, Normal
 
-from latent_ext.clip import contrast
+from latent_ext.clip import contrastive_loss
+from latent_ext.data import held_out_combination
 from latent_ext.guidance import guided
-from latent_ext.vae import kl
-from processes import NoiseSchedule, add_noise, randn, sample, v_to_noise
-from toolbox.cats import caption, describe, draw
-from toolbox.data import from_bytes, to_bytes
-from toolbox.metrics import LinearDenoiser, frechet_distance, kernel_distance
+from latent_ext.vae import kl_divergence
+from processes import NoiseSchedule, add_noise, noise_from_v, randn_like, sample, timestep_pairs
+from toolbox.cats import ATTRIBUTES, COATS, draw
+from toolbox.metrics import frechet_distance
+from unet import UNet
 
 SCHEDULE = NoiseSchedule.linear(50)
-BETAS = torch.linspace(1e-4, 0.02, 50, dtype=torch.float64)
-ALPHA_BAR = torch.cumprod(1 - BETAS, 0)
+ALPHA_BAR = SCHEDULE.alpha_bar.double()
+BETA = 1 - ALPHA_BAR / torch.cat([torch.ones(1), ALPHA_BAR[:-1]])
+EYE = torch.eye(2, dtype=torch.float64)
 
 
-def posterior(x_t, x0, t):
-    """(4) by Bayes on a fine grid, without any algebra: prior (3) at t - 1 times the likelihood (1) of x_t."""
-    grid = torch.linspace(-3, 3, 200_001, dtype=torch.float64)
-    a, beta = ALPHA_BAR[t - 1], BETAS[t]
-    log = Normal(a.sqrt() * x0, (1 - a).sqrt()).log_prob(grid) + Normal((1 - beta).sqrt() * grid, beta.sqrt()).log_prob(
-        torch.tensor(x_t)
-    )
-    weight = log.softmax(0)
-    mean = (weight * grid).sum()
-    return mean.item(), (weight * (grid - mean) ** 2).sum().sqrt().item()
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def double(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def noise_to_signal(alpha_bar):
+    return ((1 - alpha_bar) / alpha_bar) ** 0.5
+
+
+# ---- one step, the bound, the loss ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("t", [1, 20, 49])
 def test_a_step_at_eta_1_is_the_posterior(t):
-    """math.md (4), (9), (10): mean and spread of one step of the loop, for a network that knows x0 = 0.3."""
-    x0, x_t = 0.3, 0.9
-    a = ALPHA_BAR[t]
-
-    def knows(x, t):
-        return (x - a.sqrt() * x0) / (1 - a).sqrt()
+    """math.md (4), (9), (10): one step of a network that knows x0, and Bayes on a fine grid."""
+    x0, x_t, ab, beta = 0.3, 0.9, ALPHA_BAR[t], BETA[t]
+    grid = torch.linspace(-3, 3, 200_001, dtype=torch.float64)  # of x_{t-1}
+    prior = Normal(ALPHA_BAR[t - 1].sqrt() * x0, (1 - ALPHA_BAR[t - 1]).sqrt()).log_prob(grid)
+    likelihood = Normal((1 - beta).sqrt() * grid, beta.sqrt()).log_prob(torch.tensor(x_t).double())
+    weight = (prior + likelihood).softmax(0)
+    mean = (weight * grid).sum().item()
+    std = (weight * (grid - mean) ** 2).sum().sqrt().item()
 
     x = torch.full((100_000, 1), x_t, dtype=torch.float64)
-    x = sample(knows, x, SCHEDULE, eta=1, timesteps=[(t, t - 1)], generator=torch.Generator().manual_seed(0))
-    mean, spread = posterior(x_t, x0, t)
-    assert x.mean().item() == pytest.approx(mean, abs=5 * spread / 100_000**0.5 + 1e-5)
-    assert x.std().item() == pytest.approx(spread, rel=0.02)
+    network = lambda x, t: (x - ab.sqrt() * x0) / (1 - ab).sqrt()  # noqa: E731
+    x = sample(network, x, SCHEDULE, eta=1, timesteps=[(t, t - 1)], generator=seeded())
+    assert x.mean().item() == pytest.approx(mean, abs=5 * std / 100_000**0.5 + 1e-5)
+    assert x.std().item() == pytest.approx(std, rel=0.02)
+
+
+def weight_of(t, schedule):
+    """math.md (6): what a squared error of the noise at step t >= 1 costs, in nats."""
+    ab, ab_prev = schedule.alpha_bar.double()[t], schedule.alpha_bar.double()[t - 1]
+    beta = 1 - ab / ab_prev
+    variance = (1 - ab_prev) / (1 - ab) * beta
+    return beta**2 / (2 * variance * (1 - beta) * (1 - ab))
 
 
 @pytest.mark.parametrize("t", [1, 20, 49])
 def test_the_divergence_is_a_weighted_squared_error(t):
-    """math.md (6), by PyTorch's own divergence of two normal distributions."""
-    ab, ab_prev, beta = ALPHA_BAR[t], ALPHA_BAR[t - 1], BETAS[t]
-    noise, guess, x0 = torch.tensor([0.7, 0.2, 0.3], dtype=torch.float64)
-    x_t = ab.sqrt() * x0 + (1 - ab).sqrt() * noise
-    variance = (1 - ab_prev) / (1 - ab) * beta
-
-    def step(x0):
-        return Normal((ab_prev.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - ab_prev) * x_t) / (1 - ab), variance.sqrt())
-
-    x0_hat = (x_t - (1 - ab).sqrt() * guess) / ab.sqrt()
-    expected = beta**2 / (2 * variance * (1 - beta) * (1 - ab)) * (noise - guess) ** 2
-    torch.testing.assert_close(kl_divergence(step(x0), step(x0_hat)), expected)
+    """math.md (6): two steps of `sample` that differ in the predicted noise only."""
+    x_t, noise, guess = double(0.9, 0.7, 0.2).view(3, 1, 1)
+    options = {"timesteps": [(t, t - 1)], "eta": 1.0}
+    means = [
+        sample(lambda x, t, y=y: y, x_t, SCHEDULE, generator=seeded(), **options)
+        for y in (noise, guess)
+    ]
+    many = sample(lambda x, t: 0 * x, x_t.expand(200_000, 1), SCHEDULE, **options)
+    got = (means[0] - means[1]) ** 2 / (2 * many.var())  # of normal distributions, equal variances
+    torch.testing.assert_close(got.squeeze(), weight_of(t, SCHEDULE) * 0.5**2, rtol=0.02, atol=1e-6)
 
 
 def test_the_bound_holds_and_the_best_denoiser_makes_it_smallest():
-    """math.md (5): for data N(0, s^2) the bound lies above -log p, and any guess but the exact denoiser's costs more.
+    """math.md (5) for data N(0, 0.5): above -log p, and any but the exact denoiser costs more."""
+    schedule, variance = NoiseSchedule.linear(), 0.5
+    x0, noise = (double(1, 1, -1, -1) * variance**0.5).repeat(1000), double(1, -1, 1, -1)
+    noise = noise.repeat(1000)  # for means of squares, 1 and -1 stand for all normal numbers
+    t = torch.arange(1000).repeat_interleave(4)
+    ab, beta0 = schedule.alpha_bar.double()[t], 1 - schedule.alpha_bar.double()[0]
+    x_t, _ = add_noise(x0, t, schedule, noise)
+    last = ab[-1]
+    start = 0.5 * (last * variance - last - torch.log(1 - last))  # KL of x_T and pure noise
 
-    Sum of the weighted errors (6), the last step's -log likelihood at t = 0, and the start's divergence from pure noise.
-    """
-    s2 = torch.tensor(0.5, dtype=torch.float64)
-    schedule = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    def bound(scale):
+        guess = scale * ab.sqrt() * variance / (ab * variance + 1 - ab) * x_t  # of x0
+        noise_error = ((x_t - ab.sqrt() * guess) / (1 - ab).sqrt() - noise) ** 2
+        steps = weight_of(torch.arange(1, 1000), schedule) * noise_error.view(1000, 4)[1:].mean(1)
+        end = 0.5 * torch.log(2 * torch.pi * beta0) + ((x0 - guess)[:4] ** 2).mean() / (2 * beta0)
+        return (steps.sum() + end + start).item()
 
-    def bound(scale):  # x0_hat = scale * the best guess; means over data and noise, in closed form
-        ab, ab_prev, beta = schedule[1:], schedule[:-1], betas[1:]
-        best = ab.sqrt() * s2 / (ab * s2 + 1 - ab)  # E[x0 | x_t] = best * x_t
-        error = s2 * (1 - scale * best * ab.sqrt()) ** 2 + (1 - ab) * (scale * best) ** 2  # E (x0 - x0_hat)^2
-        variance = (1 - ab_prev) / (1 - ab) * beta
-        steps = (ab_prev.sqrt() * beta / (1 - ab)) ** 2 * error / (2 * variance)
-        ab0 = schedule[0]
-        best0 = scale * ab0.sqrt() * s2 / (ab0 * s2 + 1 - ab0)
-        error0 = s2 * (1 - best0 * ab0.sqrt()) ** 2 + (1 - ab0) * best0**2
-        last = 0.5 * torch.log(2 * torch.pi * betas[0]) + error0 / (2 * betas[0])
-        end = schedule[-1]
-        start = 0.5 * (end * s2 + (1 - end) - 1 - torch.log(1 - end))
-        return (steps.sum() + last + start).item()
-
-    entropy = (0.5 * torch.log(2 * torch.pi * s2) + 0.5).item()  # the mean of -log p, exactly
-    assert 0 < bound(1.0) - entropy < 0.5  # nats; the fixed variance of (4) is not the best one for such data
+    entropy = 0.5 * math.log(2 * math.pi * variance) + 0.5  # the mean of -log p, exactly
+    assert 0 < bound(1.0) - entropy < 0.5  # nats: the variance of (4) is not the best one here
     assert bound(0.97) > bound(1.0) and bound(1.03) > bound(1.0)
 
 
-def test_the_weight_that_ddpm_drops():
-    """The two numbers below (6) in the text."""
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    ab = torch.cumprod(1 - betas, 0)
-
-    def weight(t):
-        variance = (1 - ab[t - 1]) / (1 - ab[t]) * betas[t]
-        return (betas[t] ** 2 / (2 * variance * (1 - betas[t]) * (1 - ab[t]))).item()
-
-    found = re.search(r"\(([\d.]+) at t = 1 and ([\d.]+) at t = 500 for the linear schedule\)", prose())
-    assert weight(1) == pytest.approx(float(found[1]), rel=0.1) and weight(500) == pytest.approx(float(found[2]), rel=0.1)
-
-
-def test_the_share_of_fresh_noise_in_the_text():
-    """Section 6: of the noise that is left after a step at eta = 1, sigma^2 / (1 - ab_prev) is fresh; sigmoid, 40 steps."""
-    alpha_bar = [*NoiseSchedule.sigmoid().alpha_bar.tolist(), 1.0]
-
-    def fresh(t, t_prev):
-        a, a_prev = alpha_bar[t], alpha_bar[t_prev]
-        return 100 * (1 - a_prev) / (1 - a) * (1 - a / a_prev) / (1 - a_prev)
-
-    found = re.search(r"(\d+) % in the second, (\d+) % in the middle", prose())
-    assert fresh(999, 974) > 99
-    assert fresh(974, 949) == pytest.approx(int(found[1]), abs=0.5) and fresh(499, 474) == pytest.approx(int(found[2]), abs=0.5)
-
-
-def test_the_table_of_schedules_is_true():
-    rows = {
-        "linear": "linear (DDPM)",
-        "scaled_linear": "scaled linear",
-        "cosine": "cosine (Nichol",
-        "sigmoid": "sigmoid (Jabri",
-    }
-    for name, row in rows.items():
-        alpha_bar = getattr(NoiseSchedule, name)().alpha_bar
-        cells = [cell.strip().replace(",", "") for cell in next(li for li in text().splitlines() if row in li).split("|")[2:6]]
-        expected = [alpha_bar[0], alpha_bar[500], alpha_bar[999], alpha_bar[999] ** -0.5]
-        for cell, value in zip(cells, expected, strict=True):
-            assert float(cell) == pytest.approx(value.item(), rel=0.03), (name, cell)
-
-
-def test_the_shares_of_steps_at_both_ends():
-    found = re.search(r"take ([\d.]+) % of the steps of the linear schedule, ([\d.]+) % of the cosine's, ([\d.]+) %", prose())
-    for name, share in zip(("linear", "cosine", "sigmoid"), found.groups(), strict=True):
-        alpha_bar = getattr(NoiseSchedule, name)().alpha_bar
-        assert 100 * ((alpha_bar > 0.98) | (alpha_bar < 0.02)).float().mean().item() == pytest.approx(float(share), abs=0.06)
-
-
-# ---- near pure noise ------------------------------------------------------------------------------------------------
-
-
-def test_an_error_of_v_is_no_larger_in_the_picture():
-    """math.md (11): v gives the noise; an error of v counts ab times in the loss, and sqrt(1 - ab) times in x0_hat."""
+def test_an_error_of_v_is_no_larger_in_the_image():
+    """math.md (11): an error of v counts ab times in the loss, and sqrt(1 - ab) times in x0."""
     schedule = NoiseSchedule.cosine()
-    x0, noise, wrong = torch.randn(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    t = torch.tensor([0, 500, 974, 999])  # each picture its own
-    ab = schedule.alpha_bar.double()[t].view(4, 1, 1, 1)
-    x_t, _ = add_noise(x0, t, schedule, noise)
-    v = ab.sqrt() * noise - (1 - ab).sqrt() * x0
-    torch.testing.assert_close(v_to_noise(lambda x, t: v, schedule)(x_t, t), noise)
-
-    guess = v_to_noise(lambda x, t: v + wrong, schedule)(x_t, t)
-    torch.testing.assert_close((guess - noise) ** 2, ab * wrong**2)
-    for i in range(4):
-        one = slice(i, i + 1)
-        network = v_to_noise(lambda x, t, one=one: (v + wrong)[one], schedule)
-        x0_hat = sample(network, x_t[one], schedule, timesteps=[(int(t[i]), -1)])
-        torch.testing.assert_close((x0_hat - x0[one]) ** 2, (1 - ab[one]) * wrong[one] ** 2)
+    x0, noise, wrong = torch.randn(3, 4, 5, generator=seeded(), dtype=torch.float64)
+    for t in (0, 500, 974, 999):
+        ab, at = schedule.alpha_bar.double()[t], torch.full((4,), t)
+        x_t, _ = add_noise(x0, at, schedule, noise)
+        v = ab.sqrt() * noise - (1 - ab).sqrt() * x0
+        network = noise_from_v(lambda x, t, v=v: v + wrong, schedule)
+        torch.testing.assert_close((network(x_t, at) - noise) ** 2, ab * wrong**2)
+        x0_hat = sample(network, x_t, schedule, timesteps=[(t, -1)])
+        torch.testing.assert_close((x0_hat - x0) ** 2, (1 - ab) * wrong**2)
 
 
-def test_the_table_of_the_two_trainings_agrees_with_itself():
-    """The errors of x0_hat are those of the noise times sqrt(1 - ab) / sqrt(ab), and alpha_bar is the cosine schedule's."""
-    rows = re.findall(r"^\| (\d{3}) \|(.*)\|$", text(), flags=re.MULTILINE)
-    assert [int(t) for t, _ in rows] == [974, 949, 924, 899]
-    for t, cells in rows:
-        ab = NoiseSchedule.cosine().alpha_bar[int(t)].item()
-        written, direct, by_v, direct_x0, by_v_x0 = map(float, cells.split("|"))
-        assert written == pytest.approx(ab, abs=5e-5)
-        assert direct_x0 == pytest.approx((direct * (1 - ab) / ab) ** 0.5, rel=0.01)
-        assert by_v_x0 == pytest.approx((by_v * (1 - ab) / ab) ** 0.5, rel=0.01)
+# ---- what the best network knows -----------------------------------------------------------------
 
-
-def test_where_the_mean_colour_comes_out_of_the_noise():
-    """Section 6: the noise in it at t = 924, beside its spread over the drawings; and what the mean drawing is off by."""
-    ab = NoiseSchedule.cosine().alpha_bar[924].item()
-    noise = float(re.search(r"([\d.]+) at t = 924, and from", prose())[1])
-    assert ((1 - ab) / ab) ** 0.5 / 32 == pytest.approx(noise, abs=0.005)
-    drawings = draw(512, 32)[0]
-    assert drawings.mean((2, 3)).std(0).mean().item() == pytest.approx(noise, rel=0.2)
-    off = float(re.search(r"mean of all drawings is off by ([\d.]+\d)", prose())[1])
-    assert drawings.std(0).square().mean().sqrt().item() == pytest.approx(off, abs=0.02)
-
-
-# ---- what the best network knows ------------------------------------------------------------------------------------
-
-EYE = torch.eye(2, dtype=torch.float64)
-WIDE = torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=torch.float64)
-ONE = (torch.ones(1), torch.tensor([[0.5, -0.4]]), WIDE[None])
-TWO = (torch.tensor([0.3, 0.7]), torch.tensor([[-0.8, 0.2], [0.6, -0.3]]), torch.stack([0.1 * EYE, 0.4 * WIDE]))
+WIDE = double(0.5, 0.3, 0.3, 0.4).view(2, 2)
+ONE = double(1.0), double(0.5, -0.4)[None], WIDE[None]
+TWO = (
+    double(0.3, 0.7),
+    double(-0.8, 0.2, 0.6, -0.3).view(2, 2),
+    torch.stack([0.1 * EYE, 0.4 * WIDE]),
+)
+POINTS = double(0.3, 0.1, -1.0, 0.7, 0.9, -1.2).view(3, 2)
 
 
 def density(weights, means, covariances):
-    return MixtureSameFamily(Categorical(weights.double()), MultivariateNormal(means.double(), covariances.double()))
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+def noised(means, covariances, ab):
+    return ab.sqrt() * means, ab * covariances + (1 - ab) * EYE
+
+
+def mean_noise(log_p, x_t, ab):
+    """By Bayes on a grid of x0, without any algebra; log_p(grid) is the data's density."""
+    x0 = torch.cartesian_prod(*2 * [torch.linspace(-4, 4, 401, dtype=torch.float64)])
+    noise = (x_t[:, None] - ab.sqrt() * x0) / (1 - ab).sqrt()
+    share = (log_p(x0) - noise.square().sum(-1) / 2).softmax(-1)
+    return (share[..., None] * noise).sum(1)
 
 
 @pytest.mark.parametrize("t", [5, 20, 49])
 @pytest.mark.parametrize("data", [ONE, TWO], ids=["one normal distribution", "two"])
 def test_the_best_answer_is_the_slope_of_the_log_density(data, t):
-    """math.md (12): the slope by autograd; the mean noise by Bayes on a grid of x0, without any algebra."""
-    weights, means, covariances = data
-    ab, ab_prev, beta = ALPHA_BAR[t], ALPHA_BAR[t - 1], BETAS[t]
-    x_t = torch.tensor([[0.3, 0.1], [-1.0, 0.7], [0.9, -1.2]], dtype=torch.float64, requires_grad=True)
-    noised = density(weights, ab.sqrt() * means, ab * covariances + (1 - ab) * EYE)
-    (slope,) = torch.autograd.grad(noised.log_prob(x_t).sum(), x_t)
-    x_t = x_t.detach()
-
-    x0 = torch.cartesian_prod(*2 * [torch.linspace(-4, 4, 401, dtype=torch.float64)])
-    noise = (x_t[:, None] - ab.sqrt() * x0) / (1 - ab).sqrt()
-    share = (density(*data).log_prob(x0) - noise.square().sum(-1) / 2).softmax(1)
-    best = (share[..., None] * noise).sum(1)
+    """math.md (12), by autograd; and how far a step of `sample` climbs with eta 1 and 0."""
+    (weights, *shapes), ab, ab_prev, beta = data, ALPHA_BAR[t], ALPHA_BAR[t - 1], BETA[t]
+    x_t = POINTS.clone().requires_grad_()
+    log_p = density(weights, *noised(*shapes, ab)).log_prob(x_t)
+    (slope,) = torch.autograd.grad(log_p.sum(), x_t)
+    best = mean_noise(density(*data).log_prob, POINTS, ab)
     torch.testing.assert_close(best, -(1 - ab).sqrt() * slope, rtol=1e-5, atol=1e-6)
-    if len(weights) == 1:  # a straight line
-        line = torch.linalg.solve(ab * WIDE + (1 - ab) * EYE, (x_t - ab.sqrt() * means).T).T
-        torch.testing.assert_close(best, (1 - ab).sqrt() * line, rtol=1e-5, atol=1e-6)
 
-    def step(eta):
-        generator = torch.Generator().manual_seed(0)
-        return sample(lambda x, t: best, x_t, SCHEDULE, eta=eta, timesteps=[(t, t - 1)], generator=generator)
-
-    fresh = ((1 - ab_prev) / (1 - ab) * beta).sqrt() * randn(x_t.shape, torch.Generator().manual_seed(0), torch.float64)
-    torch.testing.assert_close(step(1.0), (x_t + beta * slope) / (1 - beta).sqrt() + fresh, rtol=1e-4, atol=1e-5)
-    climbed = step(0.0) * (1 - beta).sqrt() - x_t
+    options = {"timesteps": [(t, t - 1)], "generator": seeded()}
+    x = sample(lambda x, t: best, POINTS, SCHEDULE, eta=1.0, **options)
+    fresh = ((1 - ab_prev) / (1 - ab) * beta).sqrt() * randn_like(POINTS, seeded())
+    up = (POINTS + beta * slope) / (1 - beta).sqrt() + fresh
+    torch.testing.assert_close(x, up, rtol=1e-4, atol=1e-5)
+    climbed = sample(lambda x, t: best, POINTS, SCHEDULE, eta=0.0, **options)
+    climbed = climbed * (1 - beta).sqrt() - POINTS
     torch.testing.assert_close(climbed, beta / 2 * slope, rtol=beta / (1 - ab), atol=1e-5)
 
 
-# ---- the linear denoiser --------------------------------------------------------------------------------------------
-
-LEVELS = torch.tensor([0.002, 0.1, 0.5, 0.95, 0.9995], dtype=torch.float64)
+# ---- the curve -----------------------------------------------------------------------------------
 
 
-def normal_pictures(n, seed, alike, side=4, channels=1):
-    """Bytes (n, channels, side, side), about normal: every pixel alone with the spread 0.25, or all of them mixed."""
-    d = channels * side**2
-    mix = torch.randn(d, d, generator=torch.Generator().manual_seed(9)) * torch.linspace(0.02, 0.1, d)
-    z = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) @ (mix if alike else 0.25 * torch.eye(d))
-    return to_bytes((z + 0.1).view(n, channels, side, side).clamp(-1, 1))
+def test_a_step_at_eta_0_is_eulers():
+    """math.md (21), for any predicted noise and any stride."""
+    schedule, x, noise = NoiseSchedule.cosine(), POINTS, POINTS.flip(0)
+    ab = schedule.alpha_bar.double()
+    for t, t_prev in ((900, 875), (500, 3)):
+        stride = noise_to_signal(ab[t_prev]) - noise_to_signal(ab[t])
+        expected = ab[t_prev].sqrt() * (x / ab[t].sqrt() + noise * stride)
+        got = sample(lambda x, t: noise, x, schedule, eta=0, timesteps=[(t, t_prev)])
+        torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("alike", [False, True])
-def test_the_linear_denoiser_errs_as_its_formula_says(alike):
-    """math.md (13): its error, by formula, is that of its guesses; and no worse than what least squares find by themselves."""
-    images, held_out = normal_pictures(16_384, 1, alike), normal_pictures(4096, 2, alike)
-    denoiser = LinearDenoiser(images)
-    errors = denoiser.errors(held_out, LEVELS)
-    generator = torch.Generator().manual_seed(0)
+def test_twice_as_many_steps_leave_a_quarter_of_the_error():
+    """math.md (23), and half of it in the first order: the curve of N(0, 0.05) is known."""
+    schedule = NoiseSchedule("log-SNR 3 to -3", torch.linspace(3, -3, 6001).double().sigmoid())
+    variance = schedule.alpha_bar * 0.05 + 1 - schedule.alpha_bar  # of x_t
 
-    def noised(images, ab, times):
-        x0 = from_bytes(images).flatten(1).double().repeat(times, 1)
-        noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-        return ab.sqrt() * x0 + (1 - ab).sqrt() * noise, noise
+    def predict_noise(x, t):
+        return (1 - schedule.alpha_bar[t]).sqrt() / variance[t] * x
 
-    mean, directions, variances = (x.double() for x in (denoiser.mean, denoiser.directions, denoiser.variances))
-    for ab, error in zip(LEVELS, errors.tolist(), strict=True):
-        x_t, noise = noised(held_out, ab, 25)
-        guess = (x_t - ab.sqrt() * mean) @ directions * ((1 - ab).sqrt() / (ab * variances + 1 - ab)) @ directions.T
-        assert (guess - noise).square().mean().item() == pytest.approx(error, rel=0.01)
-        seen, hidden = noised(images, ab, 6)
-        line = torch.linalg.lstsq(torch.nn.functional.pad(seen, (0, 1), value=1.0), hidden).solution
-        regression = (torch.nn.functional.pad(x_t, (0, 1), value=1.0) @ line - noise).square().mean().item()
-        assert error == pytest.approx(regression, rel=0.015)
-        if not alike:  # the closed form in the text
-            assert error == pytest.approx((ab * 0.25**2 / (ab * 0.25**2 + 1 - ab)).item(), rel=0.02)
+    def error(steps, order):
+        pairs = [*itertools.pairwise(range(6000, -1, -6000 // steps))]
+        x = double(1.0) * variance[-1].sqrt()
+        x = sample(predict_noise, x, schedule, timesteps=pairs, eta=0, order=order)
+        return abs(x.item() / variance[0].sqrt().item() - 1)
+
+    for order, ratio in ((1, 2), (2, 4)):
+        assert error(40, order) / error(80, order) == pytest.approx(ratio, rel=0.1)
 
 
-@pytest.mark.parametrize("n", [20, 200])
-def test_fewer_pictures_than_pixels_give_the_same_denoiser(n):
-    """math.md (13) with 48 pixels, written with whole matrices and the pixels' own covariance, never with the Gram matrix."""
-    images, held_out = normal_pictures(2 * n, 1, True, channels=3), normal_pictures(30, 2, True, channels=3)
-    x, others, new = (from_bytes(part).flatten(1).double() for part in (images[::2], images[1::2], held_out))
-    mean = x.mean(0)
-    values, vectors = torch.linalg.eigh(x.T.cov())
-    directions = vectors[:, values > 1e-6 * values[-1]]
-    known = directions.shape[1]
-    assert known == min(n - 1, 48)
-    inside = directions @ directions.T
-    second = (others - mean).T @ (others - mean) / len(others)
-    outside = torch.eye(48, dtype=torch.float64) - inside
-    rest = (second @ outside).trace() / max(1, 48 - known)
-    covariance = directions * (directions.T @ second @ directions).diagonal() @ directions.T + rest * outside
-    spread = (new - mean).T @ (new - mean) / len(new)
-    expected = []
-    for ab in LEVELS:
-        guess = (1 - ab).sqrt() * torch.linalg.inv(ab * covariance + (1 - ab) * torch.eye(48))
-        missed = torch.eye(48) - (1 - ab).sqrt() * guess
-        expected.append((missed @ missed.T + ab * guess @ spread @ guess.T).trace() / 48)
-    errors = LinearDenoiser(images, at_most=n).errors(held_out, LEVELS)
-    torch.testing.assert_close(errors, torch.stack(expected), rtol=1e-3, atol=1e-6)
-
-
-# ---- distances between sets -----------------------------------------------------------------------------------------
-
-
-def features(n, d, seed, stretch=1.0, shift=0.0):
-    mix = torch.randn(d, d, generator=torch.Generator().manual_seed(seed + 100))
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) @ mix * stretch + shift
-
-
-def beside_nothing(feature):
-    """One feature, and a second one that is always 0."""
-    return torch.nn.functional.pad(feature, (0, 1))
-
-
-def test_fid_is_the_formula():
-    """math.md (14): the root's trace by the eigenvalues of the product, which is not symmetric; and with one feature."""
-    a, b = features(300, 6, 0), features(500, 6, 1, 1.5, 0.3)
-    (mean_a, c_a), (mean_b, c_b) = (
-        (x.mean(0), (x - x.mean(0)).T @ (x - x.mean(0)) / (len(x) - 1)) for x in (a.double(), b.double())
-    )
-    root = torch.linalg.eigvals(c_a @ c_b).sqrt().sum().real
-    expected = ((mean_a - mean_b) ** 2).sum() + c_a.trace() + c_b.trace() - 2 * root
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-8)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
-    a, b = a[:, :1].double(), b[:, :1].double()
-    expected = (a.mean() - b.mean()) ** 2 + (a.std() - b.std()) ** 2
-    assert frechet_distance(beside_nothing(a), beside_nothing(b)) == pytest.approx(expected.item(), rel=1e-6)
-
-
-def test_fid_equals_scipys_root():
-    linalg = pytest.importorskip("scipy.linalg")
-    a, b = features(300, 20, 2), features(400, 20, 3, 0.7, 0.1)
-    c_a, c_b = a.double().T.cov(), b.double().T.cov()
-    root = linalg.sqrtm((c_a @ c_b).numpy()).trace().real
-    mean = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
-    assert frechet_distance(a, b) == pytest.approx(mean + (c_a + c_b).trace().item() - 2 * root, rel=1e-6)
-
-
-def test_kid_is_the_formula():
-    """math.md (15), pair by pair."""
-    a, b = features(7, 3, 0).double(), features(5, 3, 1, shift=0.5).double()
-
-    def mean(x, y, same):
-        pairs = [(p, q) for i, p in enumerate(x.tolist()) for j, q in enumerate(y.tolist()) if not same or i != j]
-        return sum((sum(u * v for u, v in zip(p, q, strict=True)) / 3 + 1) ** 3 for p, q in pairs) / len(pairs)
-
-    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
-    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
-
-
-def test_between_sets_of_one_kind_kid_is_0_on_average_and_fid_is_not():
-    draws = [torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(i)) for i in range(600)]
-    kid = torch.tensor([kernel_distance(a, b) for a, b in draws])
-    assert abs(kid.mean()) < 4 * kid.std() / 600**0.5 < 0.15 and kid.min() < 0
-    assert torch.tensor([frechet_distance(a, b) for a, b in draws]).min() > 0.1
-
-    few, many = map(float, re.search(r"by ([\d.]+) for 256 points .*, by ([\d.]+) for 2,000", prose()).groups())
-    for n, written in ((256, few), (2000, many)):
-        a, b = torch.randn(2, n, 128, generator=torch.Generator().manual_seed(0))
-        assert frechet_distance(a, b) == pytest.approx(written, rel=0.04)
-
-
-def test_what_the_two_distances_do_not_see():
-    """Section 9: FID no skewness, neither of them more than that. Evenly spaced quantiles stand for random draws."""
-    even = (torch.arange(3000, dtype=torch.float64)[:, None] + 0.5) / 3000
-    normal, skewed = Normal(0.0, 1.0).icdf(even), -torch.log(1 - even) - 1  # both of mean 0 and variance 1
-    coin = (even > 0.5) * 2.0 - 1
-    for other in (skewed, coin):
-        assert frechet_distance(beside_nothing(other), beside_nothing(normal)) < 0.001
-    assert kernel_distance(skewed, normal) == pytest.approx(4, abs=0.5)  # their third moments are 2 and 0
-    assert abs(kernel_distance(coin, normal)) < 0.05
-
-
-# ---- the second evening: latents, captions, guidance ----------------------------------------------------------------
+# ---- the second evening --------------------------------------------------------------------------
 
 
 def test_the_bound_of_an_autoencoder_is_tight_where_it_can_be():
-    """math.md (16): z standard normal, x = 0.7 z + normal noise of variance v. Both sides are known, and equal for the z that
-    Bayes finds behind x; any other cloud costs more."""
-    v, b, x = torch.tensor([0.2, 0.7, 1.3], dtype=torch.float64)
+    """math.md (16): z standard normal, x = 0.7 z + noise of variance v, and what Bayes finds."""
+    v, b, x = double(0.2, 0.7, 1.3)
 
     def bound(m, s):
         decoded = ((x - b * m) ** 2 + (b * s) ** 2) / (2 * v)  # the mean over z = m + s noise
-        return decoded + kl(m, (s**2).log()) + torch.log(2 * torch.pi * v) / 2
+        return decoded + kl_divergence(m, (s**2).log()) + torch.log(2 * torch.pi * v) / 2
 
     m, s = b * x / (b**2 + v), (v / (b**2 + v)).sqrt()
     exact = -Normal(0.0, (b**2 + v).sqrt()).log_prob(x)
     torch.testing.assert_close(bound(m, s), exact)
-    for other in (bound(m + 0.1, s), bound(m - 0.1, s), bound(m, 1.2 * s), bound(m, 0.8 * s)):
-        assert other > exact
-
-
-def test_the_weight_of_the_divergence():
-    """Section 10: a latent known to a hundredth; the weight in means; and the best cloud under a weight, by trying all."""
-    s = torch.tensor(0.01)
-    nats = float(re.search(r"costs log 100 = ([\d.]+) nats", prose())[1])
-    assert kl((1 - s**2).sqrt(), (s**2).log()).item() == pytest.approx(nats, abs=0.05)
-
-    error, v, weight = map(float, re.search(r"36 dB \(([\d.]+), so that v = ([\d.]+)\) that is ([\d.]+\d)", prose()).groups())
-    exact = (2 * 10 ** (-36 / 20)) ** 2  # 36 dB below the square of the range, which is 2
-    assert exact == pytest.approx(error**2, rel=0.03) and exact == pytest.approx(v, rel=0.01)
-    assert 2 * exact * (16 * 16 * 4) / (64 * 64 * 3) == pytest.approx(weight, rel=0.03)
-
-    a, s2 = torch.meshgrid(torch.linspace(0, 1.2, 241), torch.linspace(0.005, 1.2, 240), indexing="ij")  # z = a x + s noise
-    for weight in (0.1, 0.5, 2.5):
-        divergence = (a**2 + s2 - 1 - s2.log()) / 2
-        i = (s2 / (a**2 + s2) + weight * divergence).argmin()  # the best line through z leaves s2 / (a^2 + s2) of x
-        assert divergence.flatten()[i].item() == pytest.approx(kl(a.flatten()[i], s2.log().flatten()[i]).item(), abs=1e-6)
-        assert s2.flatten()[i].item() == pytest.approx(min(1, weight / 2), abs=0.006)
-        assert (a.flatten()[i] == 0) == (weight > 2)
-
-
-def test_latents_without_their_scale():
-    """Section 10: what is left of them at the end of Stable Diffusion's schedule."""
-    left = NoiseSchedule.scaled_linear().alpha_bar[-1].sqrt().item()
-    scale = float(re.search(r"1 / spread \(Stable Diffusion: ([\d.]+)\)", prose())[1])
-    spread = float(re.search(r"Stable Diffusion have a spread of ([\d.]+\d)", prose())[1])
-    found = re.search(r"schedule ([\d.]+) of the picture would be left as intended, .* but ([\d.]+) of such latents", prose())
-    assert spread == pytest.approx(1 / scale, abs=0.05)
-    assert float(found[1]) == pytest.approx(left, abs=0.005) and float(found[2]) == pytest.approx(left / scale, abs=0.005)
+    for other in ((m + 0.1, s), (m - 0.1, s), (m, 1.2 * s), (m, 0.8 * s)):
+        assert bound(*other) > exact
 
 
 def test_the_contrastive_loss_is_its_formula():
     """math.md (17), pair by pair, in plain Python."""
     captions = [4, 1, 4, 4, 0, 1]
-    scores = (3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).tolist()
+    logits = (3 * torch.randn(6, 6, generator=seeded())).tolist()
 
-    def mean_loss(scores):
+    def mean_loss(logits):
         total = 0.0
-        for i, row in enumerate(scores):
-            everything = sum(math.exp(score) for score in row)
+        for i, row in enumerate(logits):
+            everything = sum(math.exp(logit) for logit in row)
             right = [j for j in range(6) if captions[j] == captions[i]]
             total -= sum(math.log(math.exp(row[j]) / everything) for j in right) / len(right)
         return total / 6
 
-    expected = (mean_loss(scores) + mean_loss(list(zip(*scores, strict=True)))) / 2
-    assert contrast(torch.tensor(scores), torch.tensor(captions)).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_how_many_drawings_share_their_caption():
-    """The numbers of section 11."""
-    found = re.search(r"have (\d+) captions: in a batch of 64, about (\d+) pictures share", prose())
-    texts = [caption(describe(0, i, {})) for i in range(64 * 200)]
-    number = {text: i for i, text in enumerate(sorted(set(texts)))}
-    assert len(number) == int(found[1])
-    batches = torch.tensor([number[text] for text in texts]).view(200, 64)
-    same = batches[:, :, None] == batches[:, None, :]
-    shared = (same.sum(2) > 1).sum(1).double().mean().item()
-    lowest = sum(contrast(200.0 * row, batch).item() for row, batch in zip(same, batches, strict=True)) / 200
-    assert shared == pytest.approx(int(found[2]), abs=0.6)
-
-    low, ignorant = map(float, re.search(r"log n_i, ([\d.]+); it begins at log 64 = ([\d.]+\d)", prose()).groups())
-    assert lowest == pytest.approx(low, abs=0.01)
-    assert contrast(torch.zeros(64, 64), torch.arange(64)).item() == pytest.approx(ignorant, abs=0.005)
-    perfect = torch.full((64,), -1.0)
-    perfect[0] = 1.0
-    assert perfect.softmax(0)[0].item() == pytest.approx(
-        float(re.search(r"believe in it by ([\d.]+) only", prose())[1]), abs=0.005
-    )
-    assert round(1 / 0.07) == int(re.search(r"begins at 1 / 0.07 = (\d+)", prose())[1])
+    expected = (mean_loss(logits) + mean_loss(list(zip(*logits, strict=True)))) / 2
+    got = contrastive_loss(torch.tensor(logits), torch.tensor(captions))
+    assert got.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("t", [5, 20, 49])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
 def test_guidance_follows_the_slope_of_a_sharpened_density(t, scale):
-    """math.md (18): the slope by autograd; the two answers as the mean noise by Bayes on a grid of x0, without any algebra."""
-    ab = ALPHA_BAR[t]
-    shares, means, covariances = TWO  # of two classes
-    x_t = torch.tensor([[0.3, 0.1], [-1.0, 0.7], [0.9, -1.2]], dtype=torch.float64)
-    x0 = torch.cartesian_prod(*2 * [torch.linspace(-4, 4, 401, dtype=torch.float64)])
+    """math.md (18), by autograd; the answers by Bayes. A context is how likely each class is."""
+    (shares, *shapes), ab = TWO, ALPHA_BAR[t]
 
     def best(x, t, context):
-        """context (B, 2): how likely each of the classes is."""
-        log_p = torch.stack([density(shares, means, covariances).log_prob(x0) for shares in context])
-        noise = (x[:, None] - ab.sqrt() * x0) / (1 - ab).sqrt()
-        return ((log_p - noise.square().sum(-1) / 2).softmax(1)[..., None] * noise).sum(1)
+        log_p = lambda x0: torch.stack([density(c, *shapes).log_prob(x0) for c in context])  # noqa: E731
+        return mean_noise(log_p, x, ab)
 
-    second = torch.tensor([[0.0, 1.0]]).expand(3, 2)
-    got = guided(best, second, shares[None], scale)(x_t, torch.full((3,), t))
-
-    x = x_t.clone().requires_grad_()
-    noised = [ab.sqrt() * means, ab * covariances + (1 - ab) * EYE]
-    p = density(shares, *noised).log_prob(x)
-    p_of_class = MultivariateNormal(noised[0][1].double(), noised[1][1].double()).log_prob(x) + shares[1].double().log() - p
-    (slope,) = torch.autograd.grad((p + scale * p_of_class).sum(), x)
+    predict_noise = guided(best, double(0.0, 1.0).expand(3, 2), shares[None], scale)
+    x = POINTS.clone().requires_grad_()
+    means, covariances = noised(*shapes, ab)
+    log_p = density(shares, means, covariances).log_prob(x)
+    log_p_class = MultivariateNormal(means[1], covariances[1]).log_prob(x) + shares[1].log() - log_p
+    (slope,) = torch.autograd.grad((log_p + scale * log_p_class).sum(), x)
+    got = predict_noise(POINTS, torch.full((3,), t))
     torch.testing.assert_close(got, -(1 - ab).sqrt() * slope, rtol=1e-5, atol=1e-6)
 
 
-def test_too_much_guidance_leaves_the_range():
-    """The table of section 12: even quantiles of noise walk to quantiles of what is drawn; the last column on a grid."""
-    rows = re.findall(r"^\| (\d) \| (.*) \| (.*) \| (.*) \|$", text(), flags=re.MULTILINE)
-    assert [row[0] for row in rows] == ["1", "3", "8"]
-    classes, spread = torch.tensor([-0.5, 0.5], dtype=torch.float64), 0.25
-    predict_noise = normal_classes(NoiseSchedule.cosine(), classes, spread)
-    noise = Normal(0.0, 1.0).icdf((torch.arange(500, dtype=torch.float64)[:, None] + 0.5) / 500)
-    second, nothing = torch.full((500, 1), 2), torch.zeros(1, 1, dtype=torch.long)
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def ab(name, t):
+    return getattr(NoiseSchedule, name)().alpha_bar.double()[t]
+
+
+def levels(name):
+    return [ab(name, 0), ab(name, 500), ab(name, 999), ab(name, 999) ** -0.5]
+
+
+def ends(*names):
+    """Percent of the time steps that are nearly clean or nearly pure noise."""
+    shares = [(ab(name, slice(None)) - 0.5).abs() > 0.48 for name in names]
+    return [100 * share.double().mean() for share in shares]
+
+
+def first_below(name, level=0.02):
+    return int((ab(name, slice(None)) < level).nonzero()[0])
+
+
+def fresh(t, t_prev):
+    """Percent of the noise that is left after a step with eta = 1: sigma^2 / (1 - ab_prev)."""
+    return 100 * (1 - ab("sigmoid", t) / ab("sigmoid", t_prev)) / (1 - ab("sigmoid", t))
+
+
+def error_left(variance):
+    """Of an error of 1 at t = 699, at the end of 40 steps of N(0, variance)'s exact denoiser."""
+
+    def predict_noise(x, t):
+        ab = schedule.alpha_bar_at(t, x)
+        return (1 - ab).sqrt() / (ab * variance + 1 - ab) * x
+
+    schedule, x = NoiseSchedule.sigmoid(), double(0, 1).view(2, 1)
+    options = {"timesteps": [pair for pair in timestep_pairs(1000, 40) if pair[0] <= 699]}
+    for eta in (0.0, 1.0):
+        options |= {"eta": eta, "generator": [seeded(), seeded()]}
+        yield (sample(predict_noise, x, schedule, **options)).diff(dim=0)
+
+
+def guidance_row(scale):
+    """Two classes, N(-0.5, 0.25^2) and N(0.5, 0.25^2); the best network draws the second one."""
+    schedule, means, std = NoiseSchedule.cosine(), double(-0.5, 0.5), 0.25
+
+    def predict_noise(x, t, classes):
+        ab = schedule.alpha_bar_at(t, x)
+        variance, off = ab * std**2 + 1 - ab, x - ab.sqrt() * means
+        share = (classes.log() - off**2 / (2 * variance)).softmax(1)
+        return (1 - ab).sqrt() * (share * off).sum(1, keepdim=True) / variance
+
+    noise = Normal(0, 1).icdf((torch.arange(5000, dtype=torch.float64)[:, None] + 0.5) / 5000)
+    second, either = double(0, 1).expand(5000, 2), double(0.5, 0.5)[None]
+    network = guided(predict_noise, second, either, scale)
+    for eta in (0, 1):
+        x = sample(network, noise, schedule, 200, eta, generator=seeded())
+        yield from (x.mean(), x.std())
     grid = torch.linspace(-4, 4, 8001, dtype=torch.float64)
-    log_p = Normal(classes[:, None], spread).log_prob(grid)
-    for scale, mean, wide, sharpened in [map(float, row) for row in rows]:
-        x = sample(guided(predict_noise, second, nothing, scale), noise, NoiseSchedule.cosine(), steps=200, eta=0)
-        assert x.mean().item() == pytest.approx(mean, abs=0.01) and x.std().item() == pytest.approx(wide, abs=0.01)
-        share = (log_p.logsumexp(0) + scale * (log_p[1] - log_p.logsumexp(0))).softmax(0)
-        assert (share * grid).sum().item() == pytest.approx(sharpened, abs=0.005)
+    each = Normal(means[:, None], std).log_prob(grid)
+    share = (scale * each[1] + (1 - scale) * each.logsumexp(0)).softmax(0)
+    yield (share * grid).sum()
 
 
-# ---- the text and the code ------------------------------------------------------------------------------------------
+def captions():
+    """Of the drawn cats: how many; of those trained: how many, in a batch of 64 how many share
+    theirs, and the mean of log n_i, which is the lowest contrastive loss."""
+    labels = torch.cartesian_prod(*(torch.arange(len(values)) for values in ATTRIBUTES.values()))
+    fur, pattern = ATTRIBUTES["fur"], ATTRIBUTES["pattern"]
+    drawn = torch.tensor([(fur[i], pattern[j]) in COATS for i, j, *_ in labels])
+    n = int((drawn & ~held_out_combination(labels)).sum())
+    same = Binomial(63, torch.tensor(1 / n)).log_prob(torch.arange(64.0)).exp()  # others, equal
+    return [drawn.sum(), n, 64 * (1 - same[0]), (same * torch.arange(1.0, 65).log()).sum()]
 
 
-def text():
-    return (ROOT / "docs/math.md").read_text(encoding="utf8")
+def frechet_of_noise(n):
+    return [frechet_distance(*torch.randn(2, n, 128, generator=seeded()))]
 
 
-def prose():
-    return " ".join(text().split())  # wherever its lines break
+def mean_colour_response(groups):
+    """How much of a tint reaches the mean colour of the output: random weights, 4 networks."""
+    ratios = []
+    for seed in range(4):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = UNet(groups=groups)
+            for layer in network.modules():  # some begin at 0
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.reset_parameters()
+        x, t = torch.randn(2, 3, 32, 32, generator=seeded(seed)), torch.full((2,), 500)
+        with torch.no_grad():
+            y, tinted = network(x, t), network(x + 0.3, t)
+        grain = (y - y.mean((2, 3), keepdim=True)).std()
+        ratios.append(((tinted - y).mean((2, 3)).norm(dim=1) / grain / 0.3).mean().item())
+    return sum(ratios) / len(ratios)
 
 
-def test_each_number_in_the_code_is_an_equation_and_each_equation_has_its_code_and_test():
-    equations = re.findall(r"^\*\*\((\d+)\)\*\*(.*?)(?=\n\n)", text(), flags=re.MULTILINE | re.DOTALL)
+FIGURES = [  # words around figures (#); what they are; what chance may add to the last digit
+    ("| linear (DDPM) | # | # | # | # |", lambda: levels("linear")),
+    ("| scaled linear (Stable Diffusion) | # | # | # | # |", lambda: levels("scaled_linear")),
+    ("| cosine (Nichol & Dhariwal) | # | # | # | # |", lambda: levels("cosine")),
+    ("| sigmoid (Jabri et al. 2022), ours | # | # | # | # |", lambda: levels("sigmoid")),
+    ("| flow (Lipman et al. 2023) | # | # | # | # |", lambda: levels("flow")),
+    (
+        "# % of the steps of the linear schedule, # % of the cosine's, # % of the sigmoid's",
+        lambda: ends("linear", "cosine", "sigmoid"),
+    ),
+    (
+        "# at t = 1 and # at t = 500 for the linear schedule",
+        lambda: [weight_of(t, NoiseSchedule.linear()) for t in (1, 500)],
+    ),
+    (
+        "mean of all drawings is off by #.",
+        lambda: [draw(2048, 32)[0].std(0).square().mean() ** 0.5],
+    ),
+    ("# at t = 924, and", lambda: [noise_to_signal(ab("cosine", 924)) / 32]),
+    ("# % in the second, # % in the middle", lambda: [fresh(974, 949), fresh(499, 474)]),
+    ("# of the error is left at the end with eta = 0 and # with", lambda: error_left(0.01)),
+    ("mean colour of a drawing, # and # are left", lambda: error_left(100)),
+    (
+        "the first stride goes from # to #.",
+        lambda: [noise_to_signal(ab("sigmoid", t)) for t in (999, 974)],
+    ),
+    ("by # for 256 points", lambda: frechet_of_noise(256), 0.3),
+    ("by # for 2,000.", lambda: frechet_of_noise(2000), 0.05),
+    (
+        "# of the picture would be left as intended, beside noise of 1, but # of such latents",
+        lambda: [ab("scaled_linear", 999) ** 0.5 * scale for scale in (1, 1 / 0.18215)],
+    ),
+    ("# captions, of which training sees #:", lambda: captions()[:2]),
+    ("a batch of 64, # pictures share", lambda: captions()[2:3]),
+    ("the mean of log n_i, #;", lambda: captions()[3:]),
+    ("| 1 | # | # | # | # | # |", lambda: guidance_row(1), 0.006),
+    ("| 3 | # | # | # | # | # |", lambda: guidance_row(3), 0.006),
+    ("| 8 | # | # | # | # | # |", lambda: guidance_row(8), 0.006),
+    ("the picture from t = # on", lambda: [first_below("linear")]),
+    ("that begins at t = #, and", lambda: [first_below("cosine")]),
+    ("of `train.py` at #.", lambda: [first_below("sigmoid")]),
+    ("at alpha_bar = 0.03, the same error is #:", lambda: [noise_to_signal(0.03) / 32]),
+    ("of the input by # for 1 group", lambda: [mean_colour_response(1)], 0.3),
+    ("but # for 32 groups", lambda: [mean_colour_response(32)], 0.01),
+]
+
+
+@pytest.mark.parametrize(("words", "compute", "chance"), [(*row, 0)[:3] for row in FIGURES])
+def test_figures(words, compute, chance):
+    """Each is the computed one, to half a unit of the last digit shown."""
+    pages = [(ROOT / f"docs/{name}.md").read_text("utf-8") for name in ("math", "lab", "history")]
+    pattern = re.escape(words).replace(r"\#", r"([\d,]*\.?\d+)").replace(r"\ ", r"\s+")
+    (shown,) = re.findall(pattern, "\n".join(pages))  # exactly once
+    for figure, exact in zip([shown] if isinstance(shown, str) else shown, compute(), strict=True):
+        figure = figure.replace(",", "")
+        zeros = 0 if "." in figure else len(figure) - len(figure.rstrip("0"))
+        unit = 10.0 ** (zeros - len(figure.partition(".")[2]))
+        assert float(figure) == pytest.approx(float(exact), abs=0.501 * unit + chance)
+
+
+def test_equations_name_code_and_tests_that_exist_and_the_code_names_equations():
+    page = (ROOT / "docs/math.md").read_text("utf-8")
+    equations = re.findall(
+        r"^\*\*\((\d+)\)\*\*(.*?)(?=\n\n|\Z)", page, flags=re.MULTILINE | re.DOTALL
+    )
     numbers = [int(number) for number, _ in equations]
     assert numbers == list(range(1, len(numbers) + 1))
 
-    files = [path for folder in (ROOT, ROOT / "toolbox", ROOT / "latent_ext") for path in folder.glob("*.py")]
-    tests = "".join(path.read_text(encoding="utf8") for path in (ROOT / "tests").glob("test_*.py"))
-    code = "".join(path.read_text(encoding="utf8") for path in files)
-    mentioned = {int(n) for n in re.findall(r"math\.md \((\d+)\)", code + tests)}
-    assert mentioned == set(numbers)
+    files = [path for room in ("", "toolbox", "latent_ext") for path in (ROOT / room).glob("*.py")]
+    code = "".join(path.read_text("utf-8") for path in files)
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert {int(n) for n in re.findall(r"math\.md \((\d+)\)", code)} <= set(numbers)
     for number, equation in equations:
         named = re.search(r"· code: (.*?) · test: (.*)", equation.replace("\n", " "))
         assert named, number

@@ -9,14 +9,13 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from processes import (
     NoiseSchedule,
     add_noise,
-    generators,
     noise_from_v,
     noise_from_velocity,
     randn_like,
     sample,
-    sample_seeds,
     timestep_pairs,
 )
+from toolbox.seeds import generators, sample_seeds
 
 V15 = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 DIFFUSERS = {

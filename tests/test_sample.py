@@ -8,10 +8,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import sample
 import train
-from processes import NoiseSchedule, generators, randn_like
+from processes import NoiseSchedule, randn_like
 from toolbox.files import UserError
 from toolbox.images import grid, to_image
 from toolbox.models import load_model, model_config, predict_noise_of, save_model
+from toolbox.seeds import generators
 from unet import UNet
 
 

@@ -1,89 +1,61 @@
-"""Pictures to train on, decoded once into a file of bytes that is mapped into memory: drawn cats, known sets, or a folder."""
+"""Images to train on: drawn cats, well-known sets, or a folder of one's own.
 
-import difflib
-import glob
-import hashlib
+They are decoded once, into a file of bytes in CACHE that is mapped into memory.
+"""
+
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from toolbox import cats
-from toolbox.files import UserError, atomic_write
+from toolbox.files import UserError, atomic_write, check_number, printable, remove_leftovers
 
-CACHE = Path("data")  # beside runs/, where the program is started
-DRAWN_CATS = 16_384  # more are a few seconds' work; these are enough that so small a network does not learn them by heart
-HELD_OUT_CATS = 2_048  # the cats after them
-SIZES = {
-    "cats": 32,
-    "mnist": 28,
-    "fashion": 28,
-    "cifar10": 32,
-    "pets": 64,
-}  # of the data that has a name
-FOLDER_SIZE = 64
+CACHE = Path("data")  # in the current folder, like runs/
+OUTPUTS = {"model.pt", "resume.pt", "model_index.json"}  # a program wrote the folder of these
+SIZES = {"cats": 32, "mnist": 28, "fashion": 28, "cifar10": 32, "pets": 64}  # pixels, by default
+FOLDER_SIZE, MAX_SIZE = 64, 512
+DRAWN_CATS = 16_384  # so many that a small network does not memorize them
+HELD_OUT_CATS = 2_048  # the cats after those
+HELD_OUT_EVERY = 16  # of a folder's images
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
-MNIST_FILES = [
-    f"{part}-{kind}-ubyte.gz"
-    for part in ("train", "t10k")
-    for kind in ("images-idx3", "labels-idx1")
-]
-TORCHVISION = {  # torchvision's data, what its classes are, where it is fetched, and which files belong into which folder
-    "mnist": (datasets.MNIST, "digit", datasets.MNIST.mirrors[0], MNIST_FILES, "MNIST/raw"),
-    "fashion": (
-        datasets.FashionMNIST,
-        "class",
-        datasets.FashionMNIST.mirrors[0],
-        MNIST_FILES,
-        "FashionMNIST/raw",
-    ),
-    "cifar10": (
-        datasets.CIFAR10,
-        "class",
-        "https://www.cs.toronto.edu/~kriz/",
-        ["cifar-10-python.tar.gz"],
-        "",
-    ),
-    "pets": (
-        datasets.OxfordIIITPet,
-        "breed",
-        "https://www.robots.ox.ac.uk/~vgg/data/pets/data/",
-        ["images.tar.gz", "annotations.tar.gz"],
-        "oxford-iiit-pet",
-    ),
-}
+OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CAT_BREEDS = (  # the other 25 breeds of these pets are dogs
     *("Abyssinian", "Bengal", "Birman", "Bombay", "British Shorthair", "Egyptian Mau"),
     *("Maine Coon", "Persian", "Ragdoll", "Russian Blue", "Siamese", "Sphynx"),
 )
-Classes = dict[str, tuple[str, ...]]
-Sample = tuple[
-    Tensor, Sequence[int], str
-]  # a picture (C, size, size) in bytes, a label for each of the classes, a caption
+TORCHVISION = {  # torchvision's class, the name and the values of its labels, a folder in CACHE
+    "mnist": (datasets.MNIST, "digit", "0123456789", "MNIST/raw"),
+    "fashion": (datasets.FashionMNIST, "class", datasets.FashionMNIST.classes, "FashionMNIST/raw"),
+    "cifar10": (datasets.CIFAR10, "class", OBJECTS, "."),
+    "pets": (datasets.OxfordIIITPet, "breed", CAT_BREEDS, "oxford-iiit-pet"),
+}
+Classes = dict[str, tuple[str, ...]]  # {"fur": ("black", ...), ...}
+Sample = tuple[Tensor, Sequence[int], str]  # (C, size, size) uint8, a label per class, a caption
+Source = tuple[Classes, Iterator[Sample], str]  # the last one changes when the samples do
 
 
 @dataclass(frozen=True)
 class Data:
-    """Pictures, and what is known of each: for `classes` {"fur": ("black", ...), ...} a column of `labels` for each name."""
+    """Images and what is known of them; `labels` has a column of indices for each class."""
 
     name: str
-    images: Tensor  # (N, C, size, size), bytes 0 .. 255
+    images: Tensor  # (N, C, size, size) uint8
     classes: Classes = field(default_factory=dict)
-    labels: Tensor | None = None  # (N, len(classes)) long, indices into classes' values
-    captions: Sequence[str] = ()  # one for each picture, or none at all
-    hflip: bool = True  # may left and right be exchanged? Not in digits
+    labels: Tensor | None = None  # (N, len(classes)) long
+    captions: Sequence[str] = ()  # one for each image, or none at all
+    hflip: bool = True  # does a mirrored image look as real? Digits do not
 
     @property
     def size(self) -> int:
@@ -94,246 +66,218 @@ class Data:
         return self.images.shape[1]
 
     @property
-    def checksum(self) -> int:
-        """A number that other pictures would not have: the checksum of a thousand of them, evenly spread."""
-        return zlib.crc32(self.images[:: len(self.images) // 1000 + 1].numpy().tobytes())
+    def checksum(self) -> str:
+        """Of the mean colours of a thousand images: another processor's rounding keeps it."""
+        few = torch.linspace(0, len(self.images) - 1, min(1000, len(self.images))).long()
+        colours = self.batch(few, torch.zeros(len(few), dtype=torch.bool)).mean((2, 3))
+        return f"{zlib.crc32((32 * colours).round().short().numpy().tobytes()):08x}"
 
-    def batch(self, chosen: Tensor, flipped: Tensor) -> Tensor:
-        """The chosen pictures in [-1, 1], some of them flipped: two tensors (B,), indices and flags."""
-        x0 = from_uint8(self.images[chosen])
+    def batch(self, indices: Tensor, flipped: Tensor) -> Tensor:
+        """What a training gets: float32 (B, C, size, size) in [-1, 1]. flipped: (B,) bool."""
+        x0 = from_uint8(self.images[indices])
         return torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
 
 
 def load_data(name: str, size: int | None = None, held_out: bool = False) -> Data:
-    """Data by its name (SIZES has them all), or a folder of pictures (if it is called so too: "./cats").
+    """Data of SIZES by its name, else a folder of images ("./cats" if its name is one of those).
 
-    held_out gives pictures of the same kind that are never trained on: to see whether a network only knows its own by heart.
+    held_out: images of the same kind that are never trained on, to measure generalization.
     """
-    if size is not None and size < 1:
-        raise UserError(f"--size {size}: expected 1 pixel or more")
-    size = size or SIZES.get(name, FOLDER_SIZE)
+    size = SIZES.get(name, FOLDER_SIZE) if size is None else size
+    check_number("--size", size, 1, MAX_SIZE)
+    known_as = stem = name
     if name == "cats":
-        return load_cats(size, held_out)
-    if name in TORCHVISION:
-        return load_torchvision(name, size, held_out)
-    if Path(name).is_dir():
-        return load_folder(Path(name), size, held_out)
-    if Path(name).exists():
-        raise UserError(
-            f"--data {name}: expected a folder of pictures, this is a file (if it is an archive, unpack it first)"
-        )
-    near = difflib.get_close_matches(name, SIZES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise UserError(
-        f"--data {name}: no such folder and no data of that name{hint} Known: {', '.join(SIZES)}"
-    )
+        source = drawn_cats(size, held_out)
+    elif name in TORCHVISION:
+        source = known_set(name, size, held_out)
+    elif name and Path(name).is_dir():
+        source = image_folder(Path(name), size, held_out)
+        place = Path(os.path.abspath(name))  # a link keeps the name that was typed
+        known_as = f"{place.name}-folder" if place.name in SIZES else printable(place.name)
+        stem = f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"  # not the only one of its name
+    else:
+        raise UserError(f"--data {name!r}: expected a folder of images, or: {', '.join(SIZES)}")
+    path = CACHE / f"{stem}{'-held-out' if held_out else ''}-{size}px.bytes"
+    return Data(known_as, **cached(path, *source), hflip=name != "mnist")
 
 
-def load_cats(size: int, held_out: bool) -> Data:
-    """Their classes are all that a drawing's caption tells: fur, pattern, eyes, background."""
+def drawn_cats(size: int, held_out: bool) -> Source:
+    """Their classes are what a caption tells: fur, pattern, eyes, background."""
     indices = range(DRAWN_CATS, DRAWN_CATS + HELD_OUT_CATS) if held_out else range(DRAWN_CATS)
 
     def samples() -> Iterator[Sample]:
-        for chunk in tqdm(
-            [indices[i : i + 256] for i in range(0, len(indices), 256)],
-            desc="drawing cats",
-            leave=False,
-        ):
-            images, labels, captions = cats.draw(len(chunk), size, start=chunk.start)
-            yield from zip(
-                to_uint8(images),
-                torch.stack([*labels.values()], dim=1).tolist(),
-                captions,
-                strict=True,
-            )
+        for start in tqdm(indices[::64], desc="drawing cats", leave=False):
+            images, labels, captions = cats.draw(64, size, start=start)
+            rows = torch.stack([*labels.values()], dim=1).tolist()
+            yield from zip(to_uint8(images), rows, captions, strict=True)
 
-    renderer = Path(cats.__file__).read_text(encoding="utf8")  # another renderer, other cats
-    return Data(
-        "cats",
-        **cached(
-            "cats", size, held_out, f"{indices} {renderer}", lambda: (cats.ATTRIBUTES, samples())
-        ),
-    )
+    return cats.ATTRIBUTES, samples(), f"{indices} {Path(cats.__file__).read_text('utf-8')}"
 
 
-def load_torchvision(name: str, size: int, held_out: bool) -> Data:
-    """What torchvision downloads into CACHE, or finds there; held out is its test set. The caption is the class's name."""
-    dataset, kind, source, files, folder = TORCHVISION[name]
-    part = (
-        {"split": "test" if held_out else "trainval"} if name == "pets" else {"train": not held_out}
-    )
-
-    def make() -> tuple[Classes, Iterator[Sample]]:
-        try:
-            pictures = dataset(CACHE, download=True, **part)
-        except Exception as error:  # of the network, of archives, of files: nearly anything
-            raise UserError(
-                f"--data {name}: fetching it from {source} failed ({' '.join(str(error).split())}); "
-                f"by hand: put {', '.join(files)} from there into the folder {CACHE / folder}"
-            ) from error
-        names = [name.split(" - ")[0] for name in pictures.classes]  # MNIST's are "0 - zero", ...
-        wanted = CAT_BREEDS if name == "pets" else tuple(names)
-
-        def samples() -> Iterator[Sample]:
-            for image, label in tqdm(pictures, desc=f"reading {name}", leave=False):
-                if names[label] in wanted:
-                    yield (
-                        pil_to_tensor(center_crop_resize(image, size)),
-                        [wanted.index(names[label])],
-                        names[label],
-                    )
-
-        return {kind: wanted}, samples()
-
-    return Data(
-        name, **cached(name, size, held_out, torchvision.__version__, make), hflip=name != "mnist"
-    )
-
-
-def load_folder(folder: Path, size: int, held_out: bool) -> Data:
-    """Pictures at any depth. Every 16th is held out. Two or more sub-folders are classes, if all pictures are in one.
-
-    A caption is the text of picture.txt beside picture.jpg, else the name of the (first) sub-folder.
-    """
-    inside = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES | {".txt"} and path.is_file()
-    ]
-    inside = sorted(path.relative_to(folder) for path in inside)
-    inside = [
-        path for path in inside if not any(part.startswith(".") for part in path.parts)
-    ]  # hidden, as macOS' "._1.jpg"
-    files = [path for path in inside if path.suffix.lower() in SUFFIXES]
-    if not files:
-        raise UserError(
-            f"{folder}: expected pictures ({', '.join(sorted(SUFFIXES))}) in this folder or below, found none"
-        )
-    part = [path for i, path in enumerate(files) if (i % 16 == 15) == held_out]
-    if not part:
-        raise UserError(
-            f"{folder}: every 16th picture is held out, and there are only {len(files)}"
-        )
-
-    sub_folders = {path: path.parts[0] if len(path.parts) > 1 else "" for path in files}
-    names = tuple(sorted(set(sub_folders.values())))
-    classes = {"class": names} if len(names) > 1 and "" not in names else {}
-    texts = {path for path in inside if path.suffix == ".txt"}
+def known_set(name: str, size: int, held_out: bool) -> Source:
+    """What torchvision downloads, or finds in CACHE. Its test set is held out."""
+    dataset, kind, values, folder = TORCHVISION[name]
+    split = "test" if held_out else "trainval"
+    part = {"split": split} if name == "pets" else {"train": not held_out}
 
     def samples() -> Iterator[Sample]:
-        skipped = 0
-        for path in tqdm(part, desc=f"reading {folder.name}", leave=False):
-            text = path.with_suffix(".txt")
+        try:
+            pairs = dataset(CACHE, download=True, **part)
+        except Exception as error:  # of the network, of archives, of files: nearly anything
+            raise UserError(
+                f"--data {name}: its download failed ({error}); where there is no internet, put "
+                f"the files of torchvision's {dataset.__name__} into {CACHE / folder}"
+            ) from error
+        for image, label in tqdm(pairs, desc=f"reading {name}", leave=False):
+            caption = pairs.classes[label].split(" - ")[0]  # MNIST's are "0 - zero", ...
+            if caption in values:
+                image = pil_to_tensor(center_crop_resize(image, size))
+                yield image, [values.index(caption)], caption
+
+    return {kind: tuple(values)}, samples(), ""
+
+
+def image_folder(folder: Path, size: int, held_out: bool) -> Source:
+    """Images at any depth, every 16th of them held out.
+
+    Two or more sub-folders are classes if every image is in one. A caption is the text of cat.txt
+    next to cat.jpg, else the name of the sub-folder.
+    """
+    files = list_files(folder)
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    others = [path.suffix for path in files if path.suffix.lower() not in {*SUFFIXES, ".txt"}]
+    counts = ", ".join(f"{n} {suffix}" for suffix, n in sorted(Counter(others).items()))
+    found = f"{folder}: {len(images)} images" + (f"; not read: {counts}" if counts else "")
+    if len(images) < HELD_OUT_EVERY:
+        found += f"; expected {HELD_OUT_EVERY} or more, to hold one out"
+        if held_out or not images:
+            raise UserError(f"{found}, of these kinds: {', '.join(sorted(SUFFIXES))}")
+    sub_folders = {path: path.parts[0] if len(path.parts) > 1 else "" for path in images}
+    names = tuple(sorted({*sub_folders.values()}))
+    classes = {"class": names} if len(names) > 1 and "" not in names else {}
+    for name in names:
+        if classes and ("," in name or not name.isprintable()):
+            raise UserError(f"{folder / name}: a class cannot have this name; rename the folder")
+
+    def samples() -> Iterator[Sample]:
+        if not held_out:
+            tqdm.write(printable(found))
+        part = [path for i, path in enumerate(images) if (i % HELD_OUT_EVERY == 15) == held_out]
+        for path in tqdm(part, desc="reading images", leave=False):
+            name, text = sub_folders[path], path.with_suffix(".txt")
             try:
                 image = read_image(folder / path, size)
-                words = (
-                    (folder / text).read_text(encoding="utf-8-sig").split()
-                    if text in texts
-                    else [sub_folders[path]]
-                )
-            except Exception as error:  # Pillow raises nearly anything on a broken file
-                skipped += 1
-                tqdm.write(f"skipped {folder / path}: not a readable picture ({error})")
+            except UserError as error:
+                tqdm.write(printable(f"skipped {error}"))
             else:
-                yield image, [names.index(sub_folders[path])] if classes else [], " ".join(words)
-        if skipped:
-            tqdm.write(f"skipped {skipped} of {len(part)} files")
-        if skipped == len(part):
-            raise UserError(f"{folder}: none of the {len(part)} files is a readable picture")
+                caption = read_caption(folder / text, name) if text in stats else name
+                yield image, [names.index(name)], printable(caption)
 
-    stats = [
-        (path, (folder / path).stat()) for path in inside
-    ]  # another file, name, size or date: another version
-    version = "\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
-    place = Path(
-        os.path.abspath(folder)
-    )  # two folders may have the same name; a link keeps the one that was typed
-    name = f"{place.name}-{short_hash(str(place))}"
-    known_as = (
-        f"{place.name}-folder" if place.name in SIZES else place.name
-    )  # a folder named cats is not the drawn cats
-    return Data(known_as, **cached(name, size, held_out, version, lambda: (classes, samples())))
+    stats = {path: (folder / path).stat() for path in files}
+    version = "\n".join(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats.items())
+    return classes, samples(), version
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below it, sorted, but no hidden ones and nothing that our own programs wrote."""
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror})")
+
+    outputs, files = [CACHE.resolve(), Path("runs").resolve()], []
+    for parent, folders, names in os.walk(folder, onerror=unreadable):
+        path = Path(parent)
+        ours = path.resolve() in outputs or OUTPUTS & {*names}
+        if path != folder and (ours or path.name.startswith(".")):
+            folders.clear()  # go no deeper
+        else:
+            files += [path / name for name in names if not name.startswith(".")]
+    return sorted(file.relative_to(folder) for file in files if file.is_file())
+
+
+def read_caption(path: Path, default: str) -> str:
+    """In UTF-8, or in UTF-16 with its mark."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return " ".join(content.decode(encoding).split())
+    except UnicodeDecodeError:
+        tqdm.write(printable(f"{path}: not a caption in UTF-8; its image is used without it"))
+        return default
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """A file in any of Pillow's modes, as (3, size, size) bytes: turned as the camera was held, the middle, resized."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        image = to_8_bits(image)
+    """A file of any of Pillow's kinds, upright, as a square: (3, size, size) uint8."""
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns
+                raise ValueError(f"it has {file.width} x {file.height} pixels")
+            image = ImageOps.exif_transpose(file)
+    except Exception as error:  # Pillow raises nearly anything on a broken file
+        raise UserError(f"{path}: not a readable image ({error})") from error
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0 .. 255, not scale them
+        grey = pil_to_tensor(image.convert("F"))
+        whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # fractions have no standard
+        white = next((value for value in whites if grey.max() <= value), grey.max())
+        if not ((grey >= 0) & grey.isfinite()).all():
+            raise UserError(f"{path}: not a readable image (negative or infinite values, or NaN)")
+        image = to_pil_image((grey * (255 / white)).round().to(torch.uint8))
     image = center_crop_resize(image.convert("RGBA"), size)
-    # What is transparent is laid on white, as on a page: the colours hidden there may be anything, often black or noise.
+    # The colours behind transparent pixels may be anything, often black or noise: use white.
     white = Image.new("RGBA", image.size, "white")
     return pil_to_tensor(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
-    """The middle of it, resized."""
+    """The square in its middle, resized by averaging; blocks of equal pixels become one exactly."""
+    small = image.resize((size, size), Image.Resampling.NEAREST)
+    enlarged = small.resize(image.size, Image.Resampling.NEAREST)
+    if image.width == image.height >= size and image.tobytes() == enlarged.tobytes():
+        return small
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey in 16 bits or in fractions, which Pillow would not scale but clip: nearly all of it would be white."""
-    grey = image.convert("F")
-    brightest = grey.getextrema()[1]
-    whites = (
-        (1, 255, 65535) if image.mode == "F" else (65535,)
-    )  # what a file calls white; fractions know no rule
-    white = next((value for value in whites if brightest <= value), brightest)
-    return grey.point(lambda value: value * (255 / white) + 0.5).convert("L")
+def cached(path: Path, classes: Classes, samples: Iterable[Sample], version: str) -> dict:
+    """Data's images, classes, labels and captions, from two files that are made when needed.
 
-
-def cached(
-    name: str,
-    size: int,
-    held_out: bool,
-    version: str,
-    make: Callable[[], tuple[Classes, Iterable[Sample]]],
-) -> dict[str, object]:
-    """Data's images, classes, labels and captions, as `make()` gives them; from two files that are written the first time.
-
-    Another version makes new files, and removes those of the old one.
+    They are needed if they are missing, damaged or of another version.
     """
-    stem = f"{name}-held-out-{size}px" if held_out else f"{name}-{size}px"
-    path = CACHE / f"{stem}-{short_hash(version)}.bytes"
-    about_path = path.with_suffix(".pt")
-    if not (path.exists() and about_path.exists()):
-        classes, samples = make()
-        labels, captions = [], []
-        with atomic_write(path) as temporary:
-            with open(temporary, "wb") as file:
-                for picture, label, caption in samples:
-                    file.write(picture.numpy().tobytes())
-                    labels.append(label)
-                    captions.append(caption)
-            about = {
-                "shape": (len(captions), *picture.shape),
-                "classes": classes,
-                "labels": torch.tensor(labels) if classes else None,
-                "captions": captions if any(captions) else (),
-            }
-            with atomic_write(
-                about_path
-            ) as about_temporary:  # before the bytes: where they are, all is there
-                torch.save(about, about_temporary)
-        for old in CACHE.glob(f"{glob.escape(stem)}-????????.*"):
-            if (
-                old not in (path, about_path) and old.suffix != ".tmp"
-            ):  # another process may be writing that one
-                with suppress(OSError):  # Windows keeps a file that another training still reads
-                    old.unlink()
-    about = torch.load(about_path, weights_only=True)
-    shape = about.pop("shape")
-    # A mapped file is read where it is looked at, and what memory it takes is given back when others need it. Shared, so
-    # that the system need not set memory aside for changes: a file larger than the memory could else not be mapped.
-    images = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.uint8).view(
-        shape
-    )
-    return {"images": images} | about
+    if fields := read_cache(path, version):
+        return fields
+    remove_leftovers(CACHE)
+    path.with_suffix(".pt").unlink(missing_ok=True)  # with it the old bytes end, too
+    known = []
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        for image, *label_and_caption in samples:
+            file.write(image.numpy().tobytes())
+            known.append(label_and_caption)
+        if not known:
+            raise UserError("none of the images can be read")
+    labels, captions = zip(*known, strict=True)
+    fields = {
+        "version": version,
+        "shape": (len(known), *image.shape),
+        "classes": classes,
+        "labels": torch.tensor(labels) if classes else None,
+        "captions": captions if any(captions) else (),
+    }
+    with atomic_write(path.with_suffix(".pt")) as temporary:
+        torch.save(fields, temporary)
+    return read_cache(path, version)
 
 
-def short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:8]
+def read_cache(path: Path, version: str) -> dict | None:
+    try:
+        fields = torch.load(path.with_suffix(".pt"), weights_only=True)
+        shape = fields.pop("shape")
+        if fields.pop("version") != version or path.stat().st_size != math.prod(shape):
+            return None
+    except Exception:  # missing, or whatever damaged bytes lead to
+        return None
+    # Mapped: read when used, and memory that others need is given back. Shared: otherwise the
+    # system would set memory aside for changes, and refuse a file larger than the memory.
+    mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.uint8)
+    return fields | {"images": mapped.view(shape)}
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one reports
             time.sleep(3)
         text = " ".join(str(error).split())
-        print("error:", "".join(c if c.isprintable() else "?" for c in text), file=sys.stderr)
+        print("error:", printable(text), file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY):
@@ -35,6 +35,11 @@ def user_errors() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def printable(text: str) -> str:
+    """Control characters in the name of a file could do anything to a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Muon, an optimizer for weight matrices (Jordan et al. 2024): here it needs half of AdamW's steps (docs/results.md)."""
+"""Muon, an optimizer for weight matrices (Jordan et al. 2024): half of AdamW's steps suffice."""
 
 from collections.abc import Iterable
 
@@ -7,13 +7,19 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum, but each step turns the matrix in all its directions equally far.
+    """Gradient descent with momentum whose steps are equally long in all directions of a matrix.
 
-    A gradient consists mostly of a few strong directions; the weak ones, of rarer things to learn, would wait for long.
-    A convolution's kernel is the matrix (c_out, c_in * height * width).
+    A gradient consists mostly of a few strong directions; the weak ones, of rarer things to learn,
+    would hardly move. A convolution's kernel is the matrix (c_out, c_in * height * width).
     """
 
-    def __init__(self, weights: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+    ):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -25,24 +31,25 @@ class Muon(torch.optim.Optimizer):
                     self.state[w]["average"] = torch.zeros_like(w)
                 average = self.state[w]["average"]
                 average.lerp_(w.grad, 1 - momentum)
-                ahead = w.grad.lerp(average, momentum).flatten(1)  # Nesterov: where the average is going
-                # Its numbers are about 1 / sqrt(the longer side); 0.2 is the usual size of AdamW's (Liu et al. 2025).
-                turn = orthogonal(ahead) * (0.2 * max(ahead.shape) ** 0.5)
-                w.mul_(1 - lr * decay).sub_(turn.view_as(w), alpha=lr)
+                ahead = w.grad.lerp(average, momentum).flatten(1)  # Nesterov's momentum
+                # Its numbers are about 1 / sqrt(the longer side); AdamW's steps are usually about
+                # 0.2 times the learning rate (Liu et al. 2025).
+                update = orthogonal(ahead) * (0.2 * max(ahead.shape) ** 0.5)
+                w.mul_(1 - lr * decay).sub_(update.view_as(w), alpha=lr)
 
 
 def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     """The same left and right singular vectors, but all singular values near 1 (0.7 .. 1.2).
 
-    Each round (Newton-Schulz) maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5, by products of matrices
-    alone: s^3 belongs to (X X') X, s^5 to (X X')^2 X. The rounds need only the small square matrix X X'.
+    Each round (Newton-Schulz) maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5,
+    which in matrices is X <- P X with P = 3.4445 - 4.775 G + 2.0315 G^2 and the small G = X X'.
     """
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-12)  # no singular value is above 1
-    square = x @ x.T
-    one = total = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    gram = x @ x.T
+    total = one = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(rounds):
-        p = 3.4445 * one - 4.775 * square + 2.0315 * square @ square
-        total, square = p @ total, p @ square @ p
+        p = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
+        total, gram = p @ total, p @ gram @ p
     x = total @ x
     return x.T if len(matrix) > matrix.shape[1] else x

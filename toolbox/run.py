@@ -96,7 +96,8 @@ class Run:
                 self.generator = generator_for(self.seed, self.step)
                 self.indices = self.randint(len(self.data.images)).cpu()
                 flipped = self.local_shard(torch.rand(self.batch, generator=self.generator) < 0.5)
-                yield self.data.batch(self.indices, flipped & self.data.hflip).to(self.device)
+                x0 = self.data.batch(self.indices, flipped.cpu() & self.data.hflip)
+                yield x0.to(self.device)
         finally:
             self.bar.close()
             for number, handler in handlers.items():

@@ -1,0 +1,71 @@
+"""CLIP: the images of a batch and their captions, each of which must find its partner.
+
+Afterwards the image encoder has done its work, and the text encoder stays as it is: what it
+outputs at each token is what the U-Net is conditioned on.
+"""
+
+import argparse
+
+import torch
+from tqdm import tqdm
+
+from latent_ext.clip import CLIP, ImageEncoder, TextEncoder, Tokenizer, contrastive_loss
+from latent_ext.data import unique_captions
+from latent_ext.figures import plot_similarity
+from toolbox.data import Data, from_uint8, load_data
+from toolbox.images import plot_training
+from train import autocast, gradient_step, start_run
+
+STEPS, BATCH = 300, 64
+PATCH = 8  # pixels of a side
+TRANSFORMER = {"width": 128, "layers": 4, "heads": 4}  # of both encoders
+OTHERS = 63  # captions that an image's own is compared with
+PREVIEW_CALLS = 17  # measured: 512 images, their different captions, and two plots
+
+
+def train(args: argparse.Namespace, data: Data) -> None:
+    torch.manual_seed(args.seed)  # the network's first weights
+    tokenizer = Tokenizer.of_words(data.captions)
+    text = TextEncoder(tokenizer.size, length=tokenizer.length, **TRANSFORMER)
+    image = ImageEncoder(data.channels, data.size, PATCH, **TRANSFORMER)
+    network = CLIP(text, image, tokenizer.end)
+    config = {"network": text.config, "words": tokenizer.rules.to_str()}
+    captions, caption_of = unique_captions(data.captions)
+    tokens = tokenizer(captions)  # (captions, length)
+    example = torch.zeros(1, *data.images.shape[1:]), tokens[:1]
+    held_out = load_data(args.data, data.size, held_out=True)
+    others = min(OTHERS, len(set(held_out.captions)) - 1)
+    folder = args.out / "training" / "clip"
+    run = start_run(args, folder, network, data, config, example, preview_calls=PREVIEW_CALLS)
+
+    for x0 in run.batches():
+        chosen = caption_of[run.indices]  # (B,)
+        with autocast(run.device, run.precision):
+            logits = run.model(x0, tokens[chosen].to(run.device))  # (B, B)
+        loss = contrastive_loss(logits, chosen.to(run.device))  # math.md (17)
+        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        run.log(loss)
+        if run.preview_due():
+            accuracy = 100 * retrieval_accuracy(run.ema, tokenizer, held_out, others)
+            share = f"{accuracy:.1f} % of held-out images fit their own caption best"
+            tqdm.write(f"step {run.step}: {share}, among {others} others")
+            plot_similarity(run.ema, tokenizer, held_out, run.folder / "similarity.png")
+            plot_training(run.history, {}, run.folder / "loss.png")
+
+
+@torch.no_grad()
+def retrieval_accuracy(network: CLIP, tokenizer: Tokenizer, data: Data, others: int) -> float:
+    """The share of images that fit their own caption better than any of `others` different ones.
+
+    For each image these are drawn at random, always the same. By chance: 1 / (1 + others).
+    """
+    device = network.logit_scale.device
+    captions, caption_of = unique_captions(data.captions)
+    images = from_uint8(data.images[:512]).split(64)
+    images = torch.cat([network.encode_image(x0.to(device)) for x0 in images])
+    cosines = (images @ network.encode_text(tokenizer(captions).to(device)).T).cpu()
+    generator, correct = torch.Generator().manual_seed(0), 0
+    for cosine, own in zip(cosines, caption_of.tolist(), strict=False):
+        drawn = torch.randperm(len(captions), generator=generator)
+        correct += bool((cosine[own] > cosine[drawn[drawn != own][:others]]).all())
+    return correct / len(images)

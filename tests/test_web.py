@@ -1,0 +1,609 @@
+"""web/: the sampler in JavaScript against processes.py, and the page in a real browser."""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import latent_ext.pipeline
+import processes
+from latent_ext.pipeline import inpaint, text_to_image
+from latent_ext.stable_diffusion import load
+from processes import NoiseSchedule
+from toolbox.data import to_uint8
+from toolbox.models import PRETRAINED, load_model, predict_noise_of
+
+WEB = Path(__file__).parents[1] / "web"
+RUNTIME = WEB / "node_modules/onnxruntime-web"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
+FLAGS += ["disable-background-networking", "disable-component-update"]
+
+
+def missing(*modules):
+    return [name for name in modules if not importlib.util.find_spec(name)]
+
+
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+needs_npm = pytest.mark.skipif(not RUNTIME.exists(), reason="needs `npm install` in web/")
+
+
+def node(script: str, **values: object) -> object:
+    """What an ES module prints as JSON; `values` are global constants of it, sampler.js is `s`."""
+    constants = "".join(f"const {name} = input.{name};\n" for name in values)
+    script = f"""import fs from "node:fs";
+        import * as s from "./sampler.js";
+        const input = JSON.parse(fs.readFileSync(0, "utf8"));
+        {constants}
+        const print = (result) => console.log(JSON.stringify(result));
+        {script}"""
+    result = subprocess.run(
+        ["node", "--input-type=module", "-e", script],
+        cwd=WEB,
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+    )
+    assert not result.returncode, result.stderr
+    return json.loads(result.stdout)
+
+
+@needs_node
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid", "flow"])
+@pytest.mark.parametrize("T", [1000, 7])
+def test_schedules_are_those_of_processes(name, T):
+    ours = node("print([...s.NoiseSchedule[name](T).alphaBar])", name=name, T=T)
+    theirs = getattr(NoiseSchedule, name)(T).alpha_bar.tolist()
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@needs_node
+def test_timestep_pairs_are_those_of_processes():
+    ours = node("print([...Array(1000).keys()].map((i) => s.timestepPairs(1000, i + 1)))")
+    assert ours == [[[*p] for p in processes.timestep_pairs(1000, n)] for n in range(1, 1001)]
+
+
+def draw(generator):
+    return torch.randn(1, 3, 4, 4, generator=generator, dtype=torch.float64)
+
+
+def network(x_t, t, context=0.0):
+    """Any function will do: this one has no symmetry that could hide a mistake."""
+    t = t.to(x_t).view(-1, 1, 1, 1)
+    return torch.tanh(0.7 * x_t + t / 1000 + context) + 0.3 * context
+
+
+NETWORK = """const network = (x_t, t, context = 0) =>
+    x_t.map((x) => Math.tanh(0.7 * x + t / 1000 + context) + 0.3 * context);"""
+
+
+@needs_node
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("guidance", [None, 0.0, 1.0, 3.0])
+@pytest.mark.parametrize(
+    ("output", "clip_x0", "skip"), [("v", True, 0), ("noise", False, 5), ("v", False, 2)]
+)
+def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, skip):
+    """In float64: near pure noise x0 is a difference of nearly equal numbers, divided by 1e-4."""
+    schedule = NoiseSchedule.cosine()
+    predict_noise = processes.noise_from_v(network, schedule) if output == "v" else network
+    if guidance is not None:
+        both = predict_noise
+
+        def predict_noise(x, t):  # the definition of guidance, without its short cuts
+            unconditional = both(x, t, torch.tensor(-0.5))
+            return unconditional + guidance * (both(x, t, torch.tensor(0.4)) - unconditional)
+
+    pairs = processes.timestep_pairs(schedule.T, 12)[skip:]
+    generator = torch.Generator().manual_seed(0)
+    x0, z, *fresh = (draw(generator) for _ in range(1 + len(pairs)))
+    x, _ = processes.add_noise(x0, torch.tensor([pairs[0][0]]), schedule, z)
+    generator.manual_seed(0)
+    draw(generator), draw(generator)  # those of x0 and z
+    steps = []
+    processes.sample(
+        predict_noise,
+        x,
+        schedule,
+        eta=eta,
+        timesteps=pairs,
+        clip_x0=clip_x0,
+        generator=generator,
+        on_step=lambda x, t_prev, x0: steps.append((t_prev, x, x0)) or 0.9 * x,
+    )
+    ours = node(
+        NETWORK
+        + """
+        const schedule = s.NoiseSchedule.cosine(), steps = [];
+        let predictNoise = output === "v" ? s.noiseFromV(network, schedule) : network;
+        if (guidance !== null) predictNoise = s.guided(predictNoise, 0.4, -0.5, guidance);
+        const onStep = (x, t_prev, x0) => {
+            steps.push([t_prev, [...x], [...x0]]);
+            return x.map((x) => 0.9 * x);
+        };
+        const generator = { normal: () => fresh.shift() };
+        const options = { eta, timesteps: pairs, clipX0, generator, onStep };
+        const x = s.addNoise(Float64Array.from(x0), pairs[0][0], schedule, z);
+        await s.sample(predictNoise, x, schedule, options);
+        print(steps);""",
+        x0=x0.flatten().tolist(),
+        z=z.flatten().tolist(),
+        fresh=torch.stack(fresh).flatten().tolist(),
+        eta=eta,
+        pairs=pairs,
+        guidance=guidance,
+        output=output,
+        clipX0=clip_x0,
+    )
+    assert len(ours) == len(steps) == len(pairs)
+    for (t_prev, x, x0), (their_t_prev, their_x, their_x0) in zip(ours, steps, strict=True):
+        assert t_prev == their_t_prev
+        assert x == pytest.approx(their_x.flatten().tolist(), abs=1e-6)
+        assert x0 == pytest.approx(their_x0.flatten().tolist(), abs=1e-6)
+
+
+@needs_node
+def test_what_cannot_be_meant_is_refused():
+    script = """const refused = async (call) => {
+            try { await call(); } catch (error) { return error.message; }
+        };
+        const schedule = s.NoiseSchedule.cosine(), x = new Float32Array(3);
+        const sample = (options) => () => s.sample((x) => x, x, schedule, options);
+        print([await refused(() => s.timestepPairs(1000, 0)),
+            await refused(() => s.timestepPairs(1000, 1001)),
+            await refused(() => s.timestepPairs(1000, 2.5)),
+            await refused(sample({ eta: 1.1 })),
+            await refused(sample({ timesteps: [[5, 5]] })),
+            await refused(sample({ timesteps: [[1000, 5]] }))]);"""
+    assert all("expected" in message for message in node(script))
+
+
+@needs_node
+@pytest.mark.parametrize(("guidance", "calls"), [(0, 1), (1, 1), (1.5, 2)])
+def test_guidance_asks_the_network_no_oftener_than_it_must(guidance, calls):
+    script = """let calls = 0;
+        const network = (x, t, context) => (calls++, x);
+        await s.guided(network, 1, 0, guidance)(new Float32Array(3), 5);
+        print(calls);"""
+    assert node(script, guidance=guidance) == calls
+
+
+@needs_node
+def test_generator_draws_independent_standard_normal_numbers():
+    draw = "print([0, 1, 2, 3].map((seed) => [...new s.Generator(seed).randn(50000)]))"
+    x = torch.tensor(node(draw))
+    assert torch.equal(x, torch.tensor(node(draw)))  # of its seed alone
+    assert x.mean(dim=1).abs().max() < 5 / 50_000**0.5
+    assert (x.std(dim=1) - 1).abs().max() < 0.02
+    assert (torch.cov(x) - torch.eye(4)).abs().max() < 0.02  # other seeds, other numbers
+    assert (x[:, 1:] * x[:, :-1]).mean().abs() < 0.01
+    share = torch.tensor([(x.abs() < bound).float().mean() for bound in (0.5, 1, 2, 3)])
+    assert torch.allclose(share, torch.tensor([0.3829, 0.6827, 0.9545, 0.9973]), atol=0.005)
+
+
+# ---- The page in a browser ----------------------------------------------------------------------
+
+
+@needs_npm
+def test_pinned_runtime_is_the_installed_one():
+    pinned = json.loads((WEB / "runtime.json").read_text())
+    wanted = json.loads((WEB / "package.json").read_text())["dependencies"]["onnxruntime-web"]
+    installed = json.loads((RUNTIME / "package.json").read_text())["version"]
+    assert pinned.pop("version") == wanted == installed
+    for file in (file for files in pinned.values() for file in files):
+        content = (RUNTIME / "dist" / file["file"]).read_bytes()
+        digest = base64.b64encode(hashlib.sha384(content).digest()).decode()
+        assert (file["bytes"], file["integrity"]) == (len(content), f"sha384-{digest}")
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """What `python web/export.py` prints."""
+    if missing("onnx", "onnxscript", "onnxruntime"):
+        pytest.skip("needs pip install -r web/requirements.txt")
+    result = subprocess.run(
+        [sys.executable, WEB / "export.py"], capture_output=True, text=True, timeout=300
+    )
+    assert not result.returncode, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_exports_equal_pytorch(exported):
+    differences = [float(line.split()[-3]) for line in exported.splitlines() if "within" in line]
+    assert len(differences) == 4 and max(differences) < 1e-4
+    sizes = {path.name: path.stat().st_size / 1e6 for path in WEB.glob("models/*.onnx")}
+    assert len(sizes) == 4 and sizes["cats.onnx"] < 9 and sum(sizes.values()) < 26
+
+
+@pytest.mark.slow
+def test_export_refuses_a_wrong_network(exported, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("export", WEB / "export.py")
+    export = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(export)
+    monkeypatch.setattr(export, "OUT", tmp_path)
+    weights = torch.nn.Linear(200, 3)
+    weights.bias.data[0] = 1e4 + 1  # of which 16 bits keep 10,000
+    weights.weight.data[0] = 1e4 + 1
+    with pytest.raises(export.UserError, match="PyTorch"):
+        export.export("wrong", weights, weights, {"x": torch.zeros(2, 200)})
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if missing("playwright"):
+        pytest.skip("needs pip install playwright")
+    if not CHROMIUM:
+        pytest.skip("needs Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def address(exported):
+    """Of the page, served as `python -m http.server` does."""
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=WEB.parent))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/web/"
+    server.shutdown()
+
+
+class Page:
+    """The page in a browser, with what it complains of and the addresses that it asks for."""
+
+    def __init__(self, browser, address, **options):
+        self.page = browser.new_page(**options)
+        self.errors, self.requests = [], []
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda m: m.type == "error" and self.errors.append(m.text))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.address = address
+
+    def open(self):
+        self.page.goto(self.address)
+
+    def wait(self, condition):
+        self.page.wait_for_function(condition, timeout=120_000)
+
+    def ready(self):
+        self.wait("document.querySelector('#status').textContent.startsWith('Ready')")
+
+    def idle(self):
+        self.wait("document.body.ariaBusy === 'false'")
+
+    def click(self, button):
+        self.page.click(button)
+        self.idle()
+
+    def set(self, form, **values):
+        for name, value in values.items():
+            self.page.locator(f"[name={form}] [name={name}]").fill(str(value))
+
+    def scrub(self, player, k):
+        self.page.locator(f"#{player} .player-controls input").fill(str(k))
+        self.page.wait_for_timeout(200)
+
+    def images(self, selector):
+        """The canvases, (B, 3, size, size), uint8."""
+        images = self.page.eval_on_selector_all(
+            selector + " canvas",
+            """(all) => all.map((c) => [c.width,
+                [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data]])""",
+        )
+        images = [torch.tensor(x, dtype=torch.uint8).view(size, size, 4) for size, x in images]
+        return torch.stack([image[..., :3].permute(2, 0, 1) for image in images])
+
+
+@pytest.fixture(scope="module")
+def page(browser, address):
+    if not RUNTIME.exists():
+        pytest.skip("needs `npm install` in web/")
+    page = Page(browser, address)
+    page.open()
+    page.ready()
+    yield page
+    page.page.close()
+
+
+def off(ours, theirs):
+    """The greatest difference, of 255, from images in [-1, 1]."""
+    return (ours.int() - to_uint8(theirs).int()).abs().max().item()
+
+
+@pytest.fixture
+def hand_over(monkeypatch):
+    """hand_over(noise): from now on `randn_like` returns one of these after the other."""
+
+    def hand_over(noise):
+        values = iter(noise)
+        for module in (processes, latent_ext.pipeline):
+            monkeypatch.setattr(module, "randn_like", lambda x, generator=None: next(values)[None])
+
+    return hand_over
+
+
+def javascript_noise(seed, steps, *shape):
+    n = (steps + 1) * torch.Size(shape).numel()
+    numbers = node("print([...new s.Generator(seed).randn(n)])", seed=seed, n=n)
+    return torch.tensor(numbers).view(-1, *shape)
+
+
+SEED, STEPS = 5, 12
+BUGS = {"clip": "No clipping", "last": "Noise", "late": "Start", "v": "v taken"}
+
+
+@pytest.fixture(scope="module")
+def drawn(page):
+    """The page has drawn four cats, with eta 0.6, and the same ones with noise in the last step."""
+    page.set("draw", seed=SEED, steps=STEPS, eta=0.6)
+    page.click("[name=draw] button")
+    return page
+
+
+@pytest.fixture
+def python_cats(hand_over):
+    """What Python draws from the noise of the page: the first cat's x of each step, x0, and z."""
+    network, schedule, config = load_model("cats")
+
+    def draw(column=0, network=network, **options):
+        noise = javascript_noise(SEED + column, STEPS, 3, 32, 32)
+        hand_over(noise[1:])
+        steps = []
+        on_step = options.pop("on_step", lambda x, t_prev, x0: x)
+        options = {"eta": 0.6, "steps": STEPS, "clip_x0": True} | options
+        predict_noise = options.pop("wrap", predict_noise_of)(network, schedule, config)
+        processes.sample(
+            predict_noise,
+            noise[:1],
+            schedule,
+            on_step=lambda x, t_prev, x0: (
+                steps.append((on_step(x, t_prev, x0), x0)) or steps[-1][0]
+            ),
+            **options,
+        )
+        return steps
+
+    draw.schedule = schedule
+    return draw
+
+
+@pytest.mark.slow
+def test_page_draws_what_python_draws(drawn, python_cats):
+    drawn.scrub("cats", STEPS)
+    images = drawn.images("#cats .rows > div:nth-child(1)")
+    for column in (0, 3):
+        assert off(images[column], python_cats(column)[-1][0][0]) <= 2
+    assert not torch.equal(images[0], images[3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [0, 1, 6, STEPS - 1])
+def test_page_shows_each_step(drawn, python_cats, k):
+    steps = python_cats()
+    drawn.scrub("cats", k)
+    x_t = steps[k - 1][0] if k else javascript_noise(SEED, 0, 3, 32, 32)
+    assert off(drawn.images("#cats .rows > div:nth-child(1)")[0], x_t[0]) <= 2
+    assert off(drawn.images("#cats .rows > div:nth-child(3)")[0], steps[k][1][0]) <= 2
+    t, t_prev = processes.timestep_pairs(1000, STEPS)[k]
+    shown = drawn.page.inner_text("#equation")
+    assert f"t = {t}," in shown and ("result" if t_prev == -1 else f"x{t_prev}") in shown
+    ab, ab_prev = ([*python_cats.schedule.alpha_bar.tolist(), 1][i] for i in (t, t_prev))
+    assert f"noise) / {ab**0.5:.3g}" in shown or ab < 1e-6
+    assert f"{ab_prev**0.5:.3g} x0" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bugs", [["last"], ["late"], ["v"], ["clip", "late"], []])
+def test_page_breaks_the_loop_as_it_says(drawn, python_cats, bugs):
+    schedule, options = python_cats.schedule, {}
+    if "v" in bugs:
+        options["wrap"] = lambda network, schedule, config: network
+    if "clip" in bugs:
+        options["clip_x0"] = False
+    if "late" in bugs:
+        late = [round(1000 * i / STEPS) for i in reversed(range(STEPS))]
+        options["timesteps"] = list(zip(late, [*late[1:], -1], strict=True))
+    if "last" in bugs:
+        t = processes.timestep_pairs(1000, STEPS)[-1][0]
+        sigma = 0.6 * (1 - schedule.alpha_bar[t]).sqrt()
+        fresh = javascript_noise(SEED, STEPS, 3, 32, 32)[-1]
+        options["on_step"] = lambda x, t_prev, x0: x + sigma * fresh if t_prev == -1 else x
+    for name in BUGS:
+        drawn.page.set_checked(f"[name=break] [name={name}]", name in bugs)
+    drawn.idle()
+    right = drawn.images("#broken .rows > div:nth-child(1)")
+    broken = drawn.images("#broken .rows > div:nth-child(2)")
+    assert off(broken[0], python_cats(**options)[-1][0][0]) <= 2
+    assert off(right[0], python_cats()[-1][0][0]) <= 2
+    assert torch.equal(right, broken) == (not bugs)
+
+
+@pytest.fixture(scope="module")
+def asked(page):
+    """The page has drawn "an orange cat with green eyes", not "blue background"."""
+    words = {"fur": "orange", "pattern": "plain", "eyes": "green", "background": "any"}
+    for name, word in words.items():
+        page.page.select_option(f"[name=ask] [name={name}]", word)
+    page.set("ask", seed=SEED, steps=STEPS, guidance=3, negative="Blue background")
+    page.click("[name=ask] button")
+    assert not page.page.inner_text("#strange")
+    return page
+
+
+@pytest.fixture
+def pipeline(hand_over):
+    hand_over(javascript_noise(SEED, STEPS, 4, 16, 16))
+    return load(PRETRAINED / "latent-cats")
+
+
+ASKED = {"negative": "blue background", "steps": STEPS, "guidance_scale": 3.0, "eta": 1.0}
+
+
+@pytest.mark.slow
+def test_page_draws_the_text_that_python_draws(asked, pipeline):
+    theirs = text_to_image(pipeline, ["an orange cat with green eyes"], **ASKED)
+    asked.scrub("asked", STEPS)
+    assert off(asked.images("#asked .rows > div:nth-child(3)"), theirs) <= 2
+    assert off(asked.images("figure"), theirs) <= 2
+
+
+@pytest.mark.slow
+def test_page_paints_in_what_python_paints_in(asked, pipeline, hand_over):
+    latents = []
+    remember = {"on_step": lambda z, t_prev, z0: latents.append(z) or z}
+    images = text_to_image(pipeline, ["an orange cat with green eyes"], **ASKED | remember)
+    pipeline.encode = lambda images, generator: latents[-1]
+    asked.page.focus("figure canvas")  # by keyboard: the brush starts in the middle
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "Space"):
+        asked.page.keyboard.press(key)
+    cells = torch.zeros(16, 16)
+    cells[8:11, 5:8] = 1
+    box = asked.page.locator("figure canvas").bounding_box()
+    asked.page.mouse.move(box["x"] + box["width"] * 12.5 / 16, box["y"] + box["width"] * 4.5 / 16)
+    asked.page.mouse.down()  # by pointer
+    asked.page.mouse.up()
+    cells[3:6, 11:14] = 1
+    mask = cells.repeat_interleave(4, 0).repeat_interleave(4, 1)[None, None]
+
+    asked.page.select_option("[name=ask] [name=fur]", "black")
+    asked.set("ask", strength=0.75)
+    asked.click("[name=redraw]")
+    shown = asked.images("#asked .rows > div:nth-child(3)")
+    hand_over(javascript_noise(SEED, STEPS, 4, 16, 16))
+    prompts = ["a black cat with green eyes"]
+    theirs = inpaint(pipeline, prompts, images, mask, strength=0.75, **ASKED)
+    assert off(shown, theirs) <= 2
+    changed = (shown.int() - to_uint8(images).int()).abs().amax(dim=1, keepdim=True) > 2
+    assert changed.any() and not (changed & (mask == 0)).any()
+
+    asked.click("[name=clear]")  # without paint and with strength 0 the start remains
+    asked.set("ask", strength=0)
+    asked.click("[name=redraw]")
+    assert off(asked.images("#asked .rows > div:nth-child(3)"), images) <= 2
+
+
+@pytest.mark.slow
+def test_page_names_the_words_that_the_model_does_not_know(asked):
+    asked.set("ask", negative="a dog, blue", steps=1)
+    asked.click("[name=ask] button")
+    assert asked.page.inner_text("#strange") == "It does not know: dog, ,."
+
+
+@pytest.mark.slow
+def test_page_plays_and_pauses(drawn):
+    drawn.scrub("cats", STEPS)
+    step = drawn.page.locator("#cats output")
+    drawn.page.click("#cats .player-controls button")
+    drawn.page.wait_for_timeout(300)
+    drawn.page.click("#cats .player-controls button")
+    drawn.page.wait_for_timeout(300)
+    paused = step.inner_text()
+    assert paused not in (f"step {STEPS} of {STEPS}", f"step 0 of {STEPS}")
+    drawn.page.wait_for_timeout(300)
+    assert step.inner_text() == paused
+
+
+@pytest.mark.slow
+def test_page_has_no_errors_and_asks_nobody_else(page, address):
+    assert not page.errors
+    ours = address.removesuffix("web/")
+    assert all(url.startswith((ours, "blob:" + ours, "data:")) for url in page.requests)
+
+
+@pytest.mark.slow
+def test_first_cat_is_there_in_3_seconds(browser, address, page):
+    """After loading; the best of three tries, as other programs may run."""
+    seconds = []
+    for _ in range(3):
+        fresh = Page(browser, address)
+        fresh.open()
+        fresh.ready()
+        start = time.perf_counter()
+        fresh.wait("document.querySelector('#cats output').textContent === 'step 40 of 40'")
+        seconds.append(time.perf_counter() - start)
+        fresh.page.close()
+        if seconds[-1] < 3:
+            break
+    print("first cat:", seconds)
+    assert min(seconds) < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1100])
+def test_page_fits(browser, address, page, width):
+    fresh = Page(browser, address, viewport={"width": width, "height": 800})
+    fresh.open()
+    fresh.ready()
+    assert fresh.page.evaluate("document.documentElement.scrollWidth") <= width
+    fresh.page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "sentence"),
+    [
+        ("no WebAssembly", "This browser cannot run the network"),
+        ("no exports", "run python web/export.py"),
+        ("no network file", "cats.onnx is missing"),
+        ("no runtime", "npm install"),
+        ("another runtime", "npm install"),
+        ("another network", "computes wrong numbers"),
+        ("from the CDN", "Ready"),
+    ],
+)
+def test_page_says_what_is_wrong(browser, address, page, trouble, sentence):
+    fresh = Page(browser, address)
+
+    def block(glob):
+        fresh.page.route(glob, lambda route: route.abort())
+
+    def serve(glob, change=lambda content: content):
+        def fulfil(route):
+            content = (RUNTIME / "dist" / route.request.url.split("/")[-1]).read_bytes()
+            headers = {"access-control-allow-origin": "*"}
+            route.fulfill(body=change(content), headers=headers)
+
+        fresh.page.route(glob, fulfil)
+
+    if trouble == "no WebAssembly":
+        fresh.page.add_init_script("delete globalThis.WebAssembly")
+    elif trouble == "no exports":
+        fresh.page.route("**/models.json", lambda route: route.fulfill(status=404))
+    elif trouble == "no network file":
+        block("**/cats.onnx")
+    elif trouble == "no runtime":
+        block("**/dist/**")
+    elif trouble == "another runtime":
+        serve("**/dist/**", lambda content: content + b"\n")
+    elif trouble == "another network":
+        models = json.loads((WEB / "models/models.json").read_text())
+        models["cats"]["networks"]["unet"]["output"][3] += 0.1
+        body = json.dumps(models)
+        fresh.page.route("**/models.json", lambda route: route.fulfill(body=body))
+    else:
+        block("**/node_modules/**")
+        serve("https://cdn.jsdelivr.net/**")
+    fresh.open()
+    fresh.wait(f"document.querySelector('#status').textContent.includes({json.dumps(sentence)})")
+    if sentence != "Ready":
+        fresh.idle()
+        assert sentence in fresh.page.inner_text("#status")  # it stays there
+    fresh.page.close()
