@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
             return asked[-1][-1]
 
     monkeypatch.setattr(train, "UNet", lambda *channels: Asked(*channels, **TINY))
-    out = train_here("--steps", 2, "--seed", 5)
+    out = train_here("--steps", 2, "--seed", 5, "--out", None)
     images, losses = from_uint8(load_data("photos", 16).images), []
     for step, (x, t, v) in enumerate(asked[-2:]):
         generator = generator_for(5, step)
@@ -94,11 +94,14 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
         a = NoiseSchedule.sigmoid().alpha_bar[t].view(-1, 1, 1, 1)
         torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
         losses.append(F.mse_loss((1 - a).sqrt() * x + a.sqrt() * v, noise).item())
-    assert checkpoint("run")["history"][0][1] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    history = checkpoint("runs/photos")["history"]
+    assert history == [(2, pytest.approx(sum(losses) / 2, rel=1e-5))]
     assert "steps 0 to 2 of 4 images" in out and "photos: 12 of 3x16x16" in out
 
 
 def test_the_network_depends_on_the_size_and_starts_from_the_seed(train_here, monkeypatch):
+    with pytest.raises(SystemExit):  # argparse's own refusal
+        train_here("--schedule", "sine")
     made = []
     monkeypatch.setattr(
         train, "start_run", lambda _, out, network, *__: made.append(network) or 1 / 0
