@@ -416,7 +416,7 @@ FIGURES = [  # words around figures (#); what they are; what chance may add to t
     ("| 1 | # | # | # | # | # |", lambda: guidance_row(1), 0.006),
     ("| 3 | # | # | # | # | # |", lambda: guidance_row(3), 0.006),
     ("| 8 | # | # | # | # | # |", lambda: guidance_row(8), 0.006),
-    ("the picture from t = # on", lambda: [first_below("linear")]),
+    ("the image from t = # on", lambda: [first_below("linear")]),
     ("that begins at t = #, and", lambda: [first_below("cosine")]),
     ("of `train.py` at #.", lambda: [first_below("sigmoid")]),
     ("at alpha_bar = 0.03, the same error is #:", lambda: [noise_to_signal(0.03) / 32]),
