@@ -43,6 +43,18 @@ def noise_to_signal(alpha_bar):
 # ---- one step, the bound, the loss ---------------------------------------------------------------
 
 
+def test_add_noise_is_what_many_small_steps_do():
+    """math.md (1) to (3): the mean and variance of x_t, step by step, and in one jump."""
+    mean, variance = 0.7, 0.0
+    x0, exact = double(0.7), torch.ones(1).double()
+    for t, beta in enumerate(BETA.tolist()):
+        mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
+        level = torch.tensor([t])
+        assert add_noise(x0, level, SCHEDULE, 0 * exact)[0].item() == pytest.approx(mean, rel=1e-5)
+        noise = add_noise(0 * x0, level, SCHEDULE, exact)[0].item()
+        assert noise**2 == pytest.approx(variance, rel=1e-5)
+
+
 @pytest.mark.parametrize("t", [1, 20, 49])
 def test_a_step_at_eta_1_is_the_posterior(t):
     """math.md (4), (9), (10): one step of a network that knows x0, and Bayes on a fine grid."""
@@ -199,6 +211,24 @@ def test_twice_as_many_steps_leave_a_quarter_of_the_error():
 
     for order, ratio in ((1, 2), (2, 4)):
         assert error(40, order) / error(80, order) == pytest.approx(ratio, rel=0.1)
+
+
+def test_the_best_network_draws_only_its_training_images():
+    """math.md (24): the mean of all training images, each as likely as it is behind x_t."""
+    images, schedule = torch.rand(5, 3, 4, 4, generator=seeded()) * 2 - 1, NoiseSchedule.sigmoid()
+
+    def predict_noise(x, t):
+        ab = schedule.alpha_bar_at(t, x)
+        distance = (x[:, None] - ab.sqrt()[:, None] * images).square().sum((2, 3, 4))
+        weights = (-distance / (2 * (1 - ab.flatten(1)))).softmax(1)  # (B, 5)
+        x0 = torch.einsum("bi,ichw->bchw", weights, images)
+        return (x - ab.sqrt() * x0) / (1 - ab).sqrt()
+
+    for eta in (0.0, 1.0):
+        x = sample(predict_noise, torch.randn(40, 3, 4, 4), schedule, eta=eta)
+        nearest = (x[:, None] - images).square().mean((2, 3, 4)).min(dim=1)
+        assert nearest.values.max() < 1e-5
+        assert len(nearest.indices.unique()) > 1
 
 
 # ---- the second evening --------------------------------------------------------------------------
@@ -367,30 +397,26 @@ FIGURES = [  # words around figures (#); what they are; what chance may add to t
         lambda: [weight_of(t, NoiseSchedule.linear()) for t in (1, 500)],
     ),
     (
-        "mean of all drawings is off by #.",
+        "the mean drawing gives an RMS error of #.",
         lambda: [draw(2048, 32)[0].std(0).square().mean() ** 0.5],
     ),
     ("# at t = 924, and", lambda: [noise_to_signal(ab("cosine", 924)) / 32]),
     ("# % in the second, # % in the middle", lambda: [fresh(974, 949), fresh(499, 474)]),
     ("# of the error is left at the end with eta = 0 and # with", lambda: error_left(0.01)),
     ("mean colour of a drawing, # and # are left", lambda: error_left(100)),
-    (
-        "the first stride goes from # to #.",
-        lambda: [noise_to_signal(ab("sigmoid", t)) for t in (999, 974)],
-    ),
     ("by # for 256 points", lambda: frechet_of_noise(256), 0.3),
     ("by # for 2,000.", lambda: frechet_of_noise(2000), 0.05),
     (
-        "# of the picture would be left as intended, beside noise of 1, but # of such latents",
+        "# of the image would be left as intended, next to noise of 1, but # of such latents",
         lambda: [ab("scaled_linear", 999) ** 0.5 * scale for scale in (1, 1 / 0.18215)],
     ),
     ("# captions, of which training sees #:", lambda: captions()[:2]),
-    ("a batch of 64, # pictures share", lambda: captions()[2:3]),
+    ("a batch of 64, # images share", lambda: captions()[2:3]),
     ("the mean of log n_i, #;", lambda: captions()[3:]),
     ("| 1 | # | # | # | # | # |", lambda: guidance_row(1), 0.006),
     ("| 3 | # | # | # | # | # |", lambda: guidance_row(3), 0.006),
     ("| 8 | # | # | # | # | # |", lambda: guidance_row(8), 0.006),
-    ("the picture from t = # on", lambda: [first_below("linear")]),
+    ("the image from t = # on", lambda: [first_below("linear")]),
     ("that begins at t = #, and", lambda: [first_below("cosine")]),
     ("of `train.py` at #.", lambda: [first_below("sigmoid")]),
     ("at alpha_bar = 0.03, the same error is #:", lambda: [noise_to_signal(0.03) / 32]),

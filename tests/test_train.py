@@ -2,11 +2,9 @@
 
 import copy
 import os
-import re
 import signal
 import socket
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +14,9 @@ from conftest import TINY, Evil, checkpoint, contents, flat, pixels, said
 
 import toolbox.device
 import toolbox.run
+import toolbox.timing
 import train
-from processes import NoiseSchedule, noise_from_v, sample_seeds
+from processes import NoiseSchedule, noise_from_v
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.device import pick_device
 from toolbox.files import UserError
@@ -25,6 +24,7 @@ from toolbox.images import grid
 from toolbox.models import load_model, model_config
 from toolbox.muon import Muon
 from toolbox.run import Run, generator_for
+from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
             return asked[-1][-1]
 
     monkeypatch.setattr(train, "UNet", lambda *channels: Asked(*channels, **TINY))
-    out = train_here("--steps", 2, "--seed", 5)
+    out = train_here("--steps", 2, "--seed", 5, "--out", None)
     images, losses = from_uint8(load_data("photos", 16).images), []
     for step, (x, t, v) in enumerate(asked[-2:]):
         generator = generator_for(5, step)
@@ -94,11 +94,14 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
         a = NoiseSchedule.sigmoid().alpha_bar[t].view(-1, 1, 1, 1)
         torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
         losses.append(F.mse_loss((1 - a).sqrt() * x + a.sqrt() * v, noise).item())
-    assert checkpoint("run")["history"][0][1] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    history = checkpoint("runs/photos")["history"]
+    assert history == [(2, pytest.approx(sum(losses) / 2, rel=1e-5))]
     assert "steps 0 to 2 of 4 images" in out and "photos: 12 of 3x16x16" in out
 
 
 def test_the_network_depends_on_the_size_and_starts_from_the_seed(train_here, monkeypatch):
+    with pytest.raises(SystemExit):  # argparse's own refusal
+        train_here("--schedule", "sine")
     made = []
     monkeypatch.setattr(
         train, "start_run", lambda _, out, network, *__: made.append(network) or 1 / 0
@@ -186,19 +189,23 @@ def test_previews_disturb_nothing(train_here, monkeypatch, here):
 
 
 @pytest.mark.parametrize("slow", ["float32", "bfloat16", "an error in bfloat16"])
-def test_both_precisions_are_timed_and_the_faster_is_taken_announced_and_kept(here, capsys, slow):
+def test_both_precisions_are_timed_and_the_faster_is_taken_announced_and_kept(
+    here, capsys, monkeypatch, slow
+):
+    def work(seconds):
+        clock.append(clock[-1] + seconds)
+
     def step(precision):
         if slow == f"an error in {precision}":
             raise RuntimeError("this device has none")
-        time.sleep(0.06 if precision == slow else 0.02)
+        work(0.06 if precision == slow else 0.02)
 
+    clock = [0.0]
+    monkeypatch.setattr(toolbox.timing, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
     run, faster = tiny_run(6000, precision=None), "bfloat16" if slow == "float32" else "float32"
-    announce(run, step, lambda precision: time.sleep(0.05), 60)
+    announce(run, step, lambda precision: work(0.06), 60)
     assert run.precision == faster
-    minutes = re.search(r"about ([\d.]+) minutes, ([\d.]+) of", capsys.readouterr().out).groups()
-    minutes, previews = map(float, minutes)
-    assert previews == pytest.approx(5 * 60 * 0.05 / 60, rel=0.3)
-    assert minutes - previews == pytest.approx(6000 * 0.02 / 60, rel=0.3)
+    assert "about 2.3 minutes, 0.3 of them for previews" in capsys.readouterr().out
     run.save()
     assert tiny_run(precision=None).precision == faster
     run.precision, slow = "bfloat16", "an error in bfloat16"  # asked for: nothing else to take

@@ -4,6 +4,7 @@
 // x.map((x, i) => ...) computes value by value. t is an integer. The model is any function
 // predictNoise(x_t, t) that returns the noise in x_t, or a promise of it.
 // "math.md (4)" is equation 4 of docs/math.md.
+// Left out, as the page has no use for them: noise_from_velocity, order 2 and snr_pairs.
 
 /** How much data is left at each step: x_t = sqrt(alphaBar) x0 + sqrt(1 - alphaBar) noise. */
 export class NoiseSchedule {
@@ -94,7 +95,7 @@ export async function sample(predictNoise, x, schedule, options = {}) {
     let noise = await predictNoise(x, t);
 
     let x0 = x.map((x, i) => (x - Math.sqrt(1 - ab) * noise[i]) / Math.sqrt(ab)); // math.md (8)
-    if (true) {
+    if (clipX0) {
       x0 = x0.map((x0) => Math.min(Math.max(x0, -1), 1));
       noise = x.map((x, i) => (x - Math.sqrt(ab) * x0[i]) / Math.sqrt(1 - ab)); // (8) for the noise
     }
@@ -115,7 +116,7 @@ export function sigmaOf(ab, ab_prev, eta) {
 
 /** [t, t_prev] of even strides from T-1 to -1: [999, 974], ..., [24, -1] for 40 of 1000. */
 export function timestepPairs(T, steps) {
-  if (!(Number.isInteger(steps) && steps >= 0 && steps <= T))
+  if (!(Number.isInteger(steps) && steps >= 1 && steps <= T))
     throw RangeError(`expected 1 to ${T} steps, as the schedule has ${T}, got ${steps}`);
   const t = (i) => roundHalfEven((T * i) / steps) - 1;
   return Array.from({ length: steps }, (_, k) => [t(steps - k), t(steps - k - 1)]);
