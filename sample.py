@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from processes import snr_pairs
 from toolbox.device import pick_device
-from toolbox.files import UserError, check_number, check_writable, user_errors
+from toolbox.files import UserError, check_number, check_writable, printable, user_errors
 from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
@@ -48,7 +48,8 @@ def main() -> None:
         check_writable(args.gif)
 
     size, shape = config["size"], (config["channels"], config["size"], config["size"])
-    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {config['data']}")
+    data = printable(config["data"])
+    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {data}")
     pairs = snr_pairs(schedule, args.steps) if args.order == 2 else None
     calls = len(pairs) if pairs else args.steps
     seeds = range(args.seed, args.seed + args.n)

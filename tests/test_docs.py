@@ -44,17 +44,15 @@ def without_indentation(code):
 
 @pytest.fixture
 def names():
-    """What a snippet may use: the code's names, tiny networks, and images of noise."""
+    """What a snippet may use: the code's names, and small things of the names it shows."""
     scope = {}
     for module in ("train", "latent_ext.guidance", "latent_ext.vae", "unet", "processes"):
         scope |= vars(importlib.import_module(module))
     scope |= {"schedule": scope["NoiseSchedule"].sigmoid(), "t": torch.tensor([3, 900])}
-    scope |= {"unet": scope["UNet"](channels=(4, 8), attention_levels=(False, True))}
-    scope |= {"vae": scope["VAE"](channels=(4, 4, 8), groups=4)}
-    scope |= dict.fromkeys(("x0", "noise"), torch.randn(2, 3, 32, 32))
-    scope |= dict.fromkeys(("digits", "nothing", "text", "no_text"), torch.zeros(2, 1))
-    scope |= {"latents": torch.randn(2, 4, 8, 8)}
-    return scope | dict.fromkeys(("class_unet", "text_unet"), lambda x, t, context: 0.5 * x)
+    scope |= {"vae": scope["VAE"](channels=(4, 4, 8), groups=4), "latents": torch.randn(2, 4, 8, 8)}
+    scope |= {"predict_noise": lambda x, t, *context: 0.5 * x}
+    scope |= dict.fromkeys(("context", "null_context"), torch.zeros(2, 1))
+    return scope | {"x0": torch.randn(2, 3, 32, 32)}
 
 
 @pytest.mark.parametrize("block", blocks())

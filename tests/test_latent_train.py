@@ -77,6 +77,7 @@ def cats(n, size):
 def test_few_combinations_are_held_out_and_each_two_attributes_are_still_seen_together():
     combinations = cats(3000, 1).labels.unique(dim=0)
     held_out = held_out_combination(combinations)
+    assert torch.equal(held_out, torch.isin(combinations.sum(1), torch.tensor([4, 12, 20])))
     assert 0.1 < held_out.float().mean() < 0.2
     for a in range(combinations.shape[1]):
         for b in range(a):

@@ -63,10 +63,10 @@ def test_schedules_equal_diffusers_and_their_papers(name, T):
 def test_each_image_has_its_own_level_and_its_own_noise(shape):
     schedule, judge = NoiseSchedule.cosine(), DDPMScheduler(**DIFFUSERS["cosine"])
     x0, t = normal(*shape).float(), torch.tensor([0, 300, 700, 999])
-    before = x0.clone()
+    before, _ = x0.clone(), torch.manual_seed(0)
     x_t, noise = add_noise(x0, t, schedule)
     torch.testing.assert_close(x_t, judge.add_noise(x0, noise, t), rtol=1e-4, atol=1e-5)
-    assert torch.equal(x0, before) and noise[0].unique().numel() == noise[0].numel()
+    assert torch.equal(x0, before) and noise.unique().numel() > 0.99 * noise.numel()
     assert x0.numel() < 9 or abs(noise.mean()) < 0.03 > abs(noise.std() - 1)
     assert add_noise(x0, t, schedule, noise)[1] is noise
 
@@ -141,8 +141,8 @@ def test_every_step_equals_diffusers(kind, eta, T, steps, prediction, clip):
         return x
 
     predict_noise = noise_from_v(model, schedule) if prediction == "v_prediction" else model
-    arguments = None, clip, generator.manual_seed(2), on_step
-    result = sample(predict_noise, start, schedule, steps, eta, *arguments)
+    arguments = {"clip_x0": clip, "generator": generator.manual_seed(2), "on_step": on_step}
+    result = sample(predict_noise, start, schedule, steps, eta, **arguments)
     assert times == judge.timesteps.tolist() and torch.equal(start, before)
     torch.testing.assert_close(states, expected, rtol=1e-7, atol=1e-7)
     assert result is states[-1][0] and result.dtype == torch.float64
@@ -222,6 +222,37 @@ def test_gaussian_points_come_out_with_their_mean_and_covariance(kind, name):
     torch.testing.assert_close(torch.cov(x0.T), COVARIANCE, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize(("order", "factor"), [(1, 2), (2, 4)])
+def test_twice_as_many_steps_leave_a_quarter_of_the_error(order, factor):
+    """Or half, at order 1. Along an axis the exact solution is the ratio of the deviations."""
+    schedule, x = NoiseSchedule.cosine(), normal(8, 2)
+    values, axes = torch.linalg.eigh(COVARIANCE)
+    a = schedule.alpha_bar[-1].item()
+    scales = (values / (a * values + 1 - a)).sqrt()
+    exact = MEAN + ((x - math.sqrt(a) * MEAN) @ axes * scales) @ axes.T
+    pairs = [snr_pairs(schedule, steps) for steps in (20, 40)]
+    options = {"eta": 0, "order": order}
+    coarse, fine = (
+        (sample(gaussian(schedule), x, schedule, timesteps=p, **options) - exact).norm()
+        for p in pairs
+    )
+    assert coarse / fine == pytest.approx(factor, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "flow"])
+def test_snr_pairs_have_even_strides_in_the_logarithm_of_the_snr(name):
+    schedule = getattr(NoiseSchedule, name)()
+    a = schedule.alpha_bar.double()
+    torch.testing.assert_close(schedule.log_snr, (a / (1 - a)).log())
+    pairs = snr_pairs(schedule, 10)
+    assert pairs[0][0] == 999 and pairs[-1][1] == -1 and len(pairs) == 10
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(pairs))
+    levels = schedule.log_snr[[t for t, _ in pairs]].clamp(min=-10)
+    strides = levels.diff()[:-1]
+    torch.testing.assert_close(strides, strides.mean().expand(8), rtol=0.2, atol=0.1)
+    assert len(snr_pairs(NoiseSchedule.cosine(5), 100)) == 5
+
+
 # ---- the loop's doors ----------------------------------------------------------------------------
 
 
@@ -244,8 +275,8 @@ def test_the_default_is_40_steps_of_ddpm_without_clipping_and_without_gradients(
     result = sample(predict_noise, x, schedule, generator=generator.manual_seed(0))
     assert not result.requires_grad and types == {result.dtype} == {torch.float32}
     pairs = [(t, t - 25) for t in range(999, 0, -25)]
-    generator.manual_seed(0)
-    assert torch.equal(result, sample(predict_noise, x, schedule, 7, 1, pairs, False, generator))
+    options = {"clip_x0": False, "order": 1, "generator": generator.manual_seed(0)}
+    assert torch.equal(result, sample(predict_noise, x, schedule, 7, 1, pairs, **options))
 
 
 def test_on_step_decides_what_x_the_loop_continues_with():
@@ -266,9 +297,10 @@ def test_a_seed_gives_the_same_normal_noise_and_image_whatever_the_others_are():
         torch.testing.assert_close(sample(toy_model, x, schedule, **options)[0], image)
         del options["generator"]
     assert not torch.allclose(together[0], together[1], atol=0.1)
+    torch.manual_seed(0)
     for generator in (None, torch.Generator().manual_seed(5), generators(range(5, 9))):
         noise = randn_like(torch.zeros(4, 5000).double(), generator)
-        assert noise.dtype == torch.float64 and len(noise.unique()) == 20_000
+        assert noise.dtype == torch.float64 and len(noise.unique()) > 19_900
         assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
     x = sample_seeds(toy_model, (5,), range(4), NoiseSchedule.linear(), device="meta")
     assert x.is_meta and x.shape == (4, 5)

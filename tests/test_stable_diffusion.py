@@ -89,9 +89,9 @@ def difference(pipeline, judges):
     """The largest, of all networks, in units of the largest number of each."""
     generator = torch.Generator().manual_seed(7)
     options = {"dtype": torch.float64, "generator": generator}
-    x = torch.randn(2, pipeline.unet.config["in_channels"], 8, 16, **options)
-    context, image = torch.randn(2, 5, 128, **options), torch.randn(1, 3, 16, 32, **options)
-    z, t, tokens = x[:, :4], torch.tensor([1, 900]), torch.tensor([[3, 500, 7, 7, 100]])
+    x = torch.randn(2, pipeline.unet.config["in_channels"], 8, 8, **options)
+    context, image = torch.randn(2, 5, 128, **options), torch.randn(1, 3, 16, 16, **options)
+    z, t, tokens = x[:, :4, :2, :4], torch.tensor([1, 900]), torch.tensor([[3, 500, 7, 7, 100]])
     unet, vae, text_encoder = (judges[part] for part in PARTS)
     pairs = [
         (pipeline.unet(x, t, context), unet(x, t, context).sample),
@@ -522,21 +522,22 @@ BAD = [  # the file; its new content, entries or weights, or None: it is missing
     (TOKENIZER, b"{", "expected"),
     (TOKENIZER, b"[]", "expected"),
     (TOKENIZER, {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}}}, "expected"),
+    (TOKENIZER, {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}}, "expected"),
     (TOKENIZER, None, r"expected a tokenizer\.json or merges\.txt"),
     (WEIGHTS, b"", "damaged"),
     (WEIGHTS, b"\xff" * 8 + b"{}", "damaged"),
     (WEIGHTS, b"<html>not found</html>", "damaged"),
     (WEIGHTS, None, "expected weights"),
-    (WEIGHTS, change_bias(lambda w: w * torch.nan), "finite"),
-    (WEIGHTS, change_bias(lambda w: w / 0), "finite"),
-    (WEIGHTS, change_bias(lambda w: w.long()), "not all of its numbers"),
+    (WEIGHTS, change_bias(lambda w: w * torch.nan), "missing or non-finite numbers"),
+    (WEIGHTS, change_bias(lambda w: w / 0), "missing or non-finite numbers"),
+    (WEIGHTS, change_bias(lambda w: w.long()), "missing or non-finite numbers"),
     (WEIGHTS, change_bias(lambda w: w[1:]), r"is \(15,\), expected \(16,\)"),
     (WEIGHTS, lambda weights: weights | {"extra": torch.zeros(1)}, "extra is not known"),
     (WEIGHTS, lambda weights: {BIAS: weights[BIAS]}, r"weight is missing, .*; and 148 more"),
     (BIN, lambda weights: [*weights.values()], "damaged"),
-    (BIN, change_bias(lambda w: torch.zeros(1).expand(16)), "not all of its numbers"),
-    (BIN, change_bias(lambda w: w.to_sparse()), "not all of its numbers"),
-    (BIN, change_bias(lambda w: w.to("meta")), "not all of its numbers"),
+    (BIN, change_bias(lambda w: torch.zeros(1).expand(16)), "missing or non-finite numbers"),
+    (BIN, change_bias(lambda w: w.to_sparse()), "missing or non-finite numbers"),
+    (BIN, change_bias(lambda w: w.to("meta")), "missing or non-finite numbers"),
     (BIN, lambda weights: weights | {"evil": Evil()}, "damaged"),
 ]
 
@@ -579,7 +580,12 @@ def test_a_damaged_folder_is_one_sentence_that_names_the_file(
     assert str(here / "toy" / name) in said or (change is None and Path(name).parts[0] in said)
 
 
-def test_parts_that_do_not_fit_together_are_refused(toy_folder, here):
+def test_parts_that_do_not_fit_together_are_refused(here):
+    pipeline = toy()
+    pipeline.unet.extra = torch.nn.Linear(2, 2)  # a reader's
+    pipeline.unet.down[0].res.extra = torch.nn.Linear(2, 2)
+    save(pipeline, here / "toy")
+    refused(here / "toy", "resnets.0.extra.weight is not known.*If you changed the networks")
     pipeline = toy()
     pipeline.vae = VAE(latent_channels=3)
     save(pipeline, here / "toy")
@@ -607,3 +613,7 @@ def test_a_damaged_single_file_is_one_sentence(layout, here):
         tensors[f"{PREFIX['text_encoder']}{name}.weight"] = torch.zeros(1)
     safetensors.torch.save_file(tensors, here / "xl.safetensors")
     refused(here / "xl.safetensors", "xl.*XL are others.* is missing")
+    tensors = {n: w.expand(10**12, 768) for n, w in tensors.items()}  # claims terabytes
+    tensors |= {n.replace("token", "position"): w for n, w in tensors.items()}
+    torch.save(tensors, here / "huge.ckpt")
+    refused(here / "huge.ckpt", r"huge\.ckpt: expected vocab_size to be like 49408")

@@ -212,7 +212,7 @@ def exported():
     if missing("onnx", "onnxscript", "onnxruntime"):
         pytest.skip("needs pip install -r web/requirements.txt")
     result = subprocess.run(
-        [sys.executable, WEB / "export.py"], capture_output=True, text=True, timeout=300
+        [sys.executable, WEB / "export.py"], capture_output=True, text=True, timeout=600
     )
     assert not result.returncode, result.stderr
     return result.stdout
