@@ -12,7 +12,7 @@ from processes import NoiseSchedule
 from toolbox import metrics
 from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
-from toolbox.files import UserError, check_number, check_writable, user_errors
+from toolbox.files import UserError, check_number, check_writable, printable, user_errors
 from toolbox.images import loss_by_level, plot_evaluation
 from toolbox.metrics import FeatureNet, Inception, Judge, evenly_spaced
 from toolbox.models import default_model, load_model, predict_noise_of
@@ -43,17 +43,16 @@ def main() -> None:
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)
     check_writable(args.out)
-    inception = Inception() if args.inception else None
+    inception = [Inception()] if args.inception else []
 
     name = config["data"] if args.data is None else args.data
     if args.data is None and name not in SIZES:
         raise UserError(f"{model} was trained on a folder named {name}: add --data path/to/{name}")
     data, held_out = (load_data(name, config["size"], held_out=part) for part in (False, True))
     if data.channels != config["channels"]:
-        channels = f"{config['channels']} channels, those of {name} have {data.channels}"
-        raise UserError(f"{model} makes images of {channels}: use the data it was trained on")
+        raise UserError(f"{model} needs {config['channels']} channels, {name} has {data.channels}")
     counts = f"{len(data.images):,} training images, {len(held_out.images):,} held out"
-    print(f"model     {model}, trained on {config['data']}: {counts}")
+    print(f"model     {model}, trained on {printable(config['data'])}: {counts}")
     if config.get("data_checksum", data.checksum) != data.checksum:
         print(f"warning: {model} was trained on other images than {name} now has")
     classifier = metrics.feature_net(data)  # first: it may have to be trained
@@ -66,9 +65,8 @@ def main() -> None:
     options = {"device": device, "steps": args.steps, "eta": args.eta}
     samples = generate(predict_noise, shape, seeds, schedule, **options)
     report_quality(samples, classifier, data, held_out)
-    report_distances(samples, classifier, data)
-    if inception:
-        report_distances(samples, inception, data)
+    for extractor in [classifier, *inception]:
+        report_distances(samples, extractor, data)
     neighbours, rms = report_copies(samples, data, held_out)
     plot_evaluation(levels, from_uint8(samples), from_uint8(neighbours), rms, args.out)
     print(f"wrote {args.out}")
@@ -142,8 +140,8 @@ def report_copies(samples: Tensor, data: Data, held_out: Data) -> tuple[Tensor, 
     neighbours, ours = metrics.nearest_neighbours(samples, data)
     theirs = metrics.nearest_neighbours(evenly_spaced(held_out.images, len(samples)), data)[1]
     nearer = 100 * (ours < theirs.quantile(0.01)).float().mean()
-    print(f"copies    RMS distance to the nearest training image, of 255: {ours.median():.1f},")
-    print(f"          of held-out images {theirs.median():.1f} (medians);", end=" ")
+    print(f"copies    the nearest training image is {ours.median():.1f} of 255 away (RMS, median),")
+    print(f"          of held-out images {theirs.median():.1f};", end=" ")
     print(f"{nearer:.1f} % are nearer than 99 % of those")
     return neighbours, {"samples": ours, "held-out images": theirs}
 

@@ -33,11 +33,6 @@ class NoiseSchedule:
     def T(self) -> int:
         return len(self.alpha_bar)
 
-    @property
-    def log_snr(self) -> Tensor:
-        """The signal-to-noise ratio alpha_bar / (1 - alpha_bar), as a logarithm: float64 (T,)."""
-        return self.alpha_bar.double().logit()
-
     def alpha_bar_at(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha_bar[t], t (B,), in the shape (B, 1, ..., 1) that scales `like` (B, ...)."""
         return self.alpha_bar.to(like)[t].view(-1, *[1] * (like.ndim - 1))
@@ -90,8 +85,7 @@ def add_noise(
     x0: Tensor, t: Tensor, schedule: NoiseSchedule, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The forward process in one jump (DDPM eq. 4): x_t, and the noise the model must predict."""
-    if noise is None:
-        noise = torch.randn_like(x0)
+    noise = torch.randn_like(x0) if noise is None else noise
     alpha_bar = schedule.alpha_bar_at(t, x0)
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise, noise  # math.md (3)
 
@@ -152,7 +146,7 @@ def sample(
     if not 0 <= eta <= 1:
         raise ValueError(f"expected an eta from 0 (DDIM, no fresh noise) to 1 (DDPM), got {eta}")
     alpha_bar = [*schedule.alpha_bar.tolist(), 1.0]  # the last one is alpha_bar[-1]: clean
-    log_snr = [*schedule.log_snr.tolist(), math.inf]
+    log_snr = schedule.alpha_bar.double().logit().tolist()  # log(alpha_bar / (1 - alpha_bar))
     earlier = None  # the estimate of x0 and the log-SNR of the step before
     for t, t_prev in timestep_pairs(schedule.T, steps) if timesteps is None else timesteps:
         if not -1 <= t_prev < t < schedule.T:
@@ -164,9 +158,10 @@ def sample(
         if clip_x0:
             x0 = x0.clamp(-1, 1)
             noise = (x - math.sqrt(ab) * x0) / math.sqrt(1 - ab)  # (8), solved for the noise
-        estimate, h = x0, log_snr[t_prev] - log_snr[t]
+        estimate = x0
         if order == 2 and earlier is not None and t_prev >= 0:  # math.md (23)
-            x0 = x0 + (x0 - earlier[0]) * h / (2 * (log_snr[t] - earlier[1]))
+            ratio = (log_snr[t_prev] - log_snr[t]) / (log_snr[t] - earlier[1])
+            x0 = x0 + ratio / 2 * (x0 - earlier[0])
             noise = (x - math.sqrt(ab) * x0) / math.sqrt(1 - ab)
         earlier = estimate, log_snr[t]
 
@@ -189,10 +184,9 @@ def timestep_pairs(T: int, steps: int) -> list[tuple[int, int]]:
 
 def snr_pairs(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int]]:
     """`steps` pairs, or a few less, whose strides are even in log(SNR) from -10 on."""
-    highest = schedule.log_snr[0].item()
-    lowest = max(-10.0, schedule.log_snr[-1].item())
-    wanted = torch.linspace(lowest, highest, steps + 1)[1:-1]  # the last stride, to clean, is free
-    nearest = (schedule.log_snr[:, None] - wanted).abs().argmin(dim=0)
+    log_snr = schedule.alpha_bar.double().logit()
+    wanted = torch.linspace(max(-10.0, log_snr[-1].item()), log_snr[0].item(), steps + 1)[1:-1]
+    nearest = (log_snr[:, None] - wanted).abs().argmin(dim=0)
     t = sorted({schedule.T - 1, *nearest.tolist()}, reverse=True)
     return list(itertools.pairwise([*t, -1]))
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from processes import snr_pairs
 from toolbox.device import pick_device
-from toolbox.files import UserError, check_number, check_writable, user_errors
+from toolbox.files import UserError, check_number, check_writable, printable, user_errors
 from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
@@ -20,13 +21,11 @@ GRID = 1024  # images that fit into one grid
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add(
-        "--model",
-        help="a model.pt or a ready model (default: runs/cats/model.pt if any, else cats)",
-    )
+    add("--model", help="a model.pt or ready model (default: runs/cats/model.pt, else cats)")
     add("--n", type=int, default=64, help="how many images (default: 64)")
     add("--steps", type=int, default=40, help="network calls for each image (default: 40)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
+    add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for few steps")
     add("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     add("--out", default="samples.png", help=".png for a grid, or a folder (default: samples.png)")
     add("--gif", type=Path, help="also write how the grid comes out of the noise")
@@ -44,17 +43,19 @@ def main() -> None:
     model, device = args.model or default_model(), pick_device(args.device)
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)
-    for path in [out if as_grid else out / f"{args.seed:06}.png", args.gif]:
-        if path:
-            check_writable(path)
+    check_writable(out if as_grid else out / f"{args.seed:06}.png")
+    if args.gif:
+        check_writable(args.gif)
 
     size, shape = config["size"], (config["channels"], config["size"], config["size"])
-    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {config['data']}")
-    predict_noise = predict_noise_of(network, schedule, config)
+    data = printable(config["data"])
+    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {data}")
+    pairs = snr_pairs(schedule, args.steps) if args.order == 2 else None
+    calls = len(pairs) if pairs else args.steps
     seeds = range(args.seed, args.seed + args.n)
     batches = [seeds[i : i + BATCH] for i in range(0, args.n, BATCH)]
     images, trajectory = [], []
-    with tqdm(total=args.steps * len(batches), unit="step") as bar:
+    with tqdm(total=calls * len(batches), unit="step") as bar:
 
         def on_step(x: Tensor, t_prev: int, x0: Tensor) -> Tensor:
             bar.update()
@@ -62,19 +63,20 @@ def main() -> None:
                 trajectory.append(x.cpu())
             return x
 
-        options = {"steps": args.steps, "eta": args.eta, "clip_x0": True, "on_step": on_step}
-        for seeds in batches:
-            x0 = sample_seeds(predict_noise, shape, seeds, schedule, device, **options).cpu()
-            if as_grid or args.gif:
+        options = {"steps": args.steps, "timesteps": pairs, "eta": args.eta, "order": args.order}
+        options |= {"device": device, "clip_x0": True, "on_step": on_step}
+        predict_noise = predict_noise_of(network, schedule, config)
+        for batch in batches:
+            x0 = sample_seeds(predict_noise, shape, batch, schedule, **options).cpu()
+            if as_grid:
                 images.append(x0)
-            if not as_grid:
-                for seed, image in zip(seeds, x0, strict=True):
+            else:
+                for seed, image in zip(batch, x0, strict=True):
                     save_image(to_image(image), out / f"{seed:06}.png")
     if as_grid:
         save_grid(torch.cat(images), out)
     if args.gif:
-        steps = [torch.cat(trajectory[step :: args.steps]) for step in range(args.steps)]
-        save_gif([grid(x) for x in steps], args.gif)
+        save_gif([grid(torch.cat(trajectory[step::calls])) for step in range(calls)], args.gif)
     print(f"wrote {args.out}" + (f" and {args.gif}" if args.gif else ""))
 
 

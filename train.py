@@ -61,7 +61,8 @@ def main() -> None:
             f"--model {args.model}: expected data of {old['channels']} channels, got "
             f"{data.channels}; train without --model, or with a model of such images"
         )
-    config = model_config(network, schedule, data.size, data.name, prediction)
+    checksum = {"data_checksum": data.checksum}  # evaluate.py notices other images
+    config = model_config(network, schedule, data.size, data.name, prediction, **checksum)
     example = torch.zeros(1, *data.images.shape[1:]), torch.zeros(1, dtype=torch.long)
     folder, settings = args.out or Path("runs") / data.name, {"model": args.model}
     run = start_run(args, folder, network, data, config, example, settings)

@@ -107,7 +107,7 @@ class UNet(nn.Module):
 
     channels: of each level, half as high and wide as the one before. attention_levels: a flag for
     each; the middle always has attention. attention_block: makes a module of (channels, heads,
-    groups). groups = 1, because many groups discard the mean colour (docs/results.md).
+    groups). groups = 1, because many groups discard the mean colour (docs/history.md).
     """
 
     def __init__(

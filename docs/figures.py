@@ -145,7 +145,8 @@ def follow(seeds, steps: int = 40) -> tuple[list[Tensor], list[Tensor]]:
         estimates.append(x0)
         return x
 
-    sample(predict_noise, xs[0], schedule, steps, 1.0, None, True, generator, on_step)
+    options = {"clip_x0": True, "generator": generator, "on_step": on_step}
+    sample(predict_noise, xs[0], schedule, steps, **options)
     return xs, estimates
 
 
@@ -255,7 +256,7 @@ def loss() -> plt.Figure:
     t = torch.tensor(list(network)[:-1])  # at the last one there is no image left
     alpha_bar = schedule.alpha_bar[t].double()
     losses = {
-        "the answer 0": (torch.ones(len(t)), GREY),
+        "always 0": (torch.ones(len(t)), GREY),
         "the best linear denoiser": (
             LinearDenoiser(load_data("cats").images).errors(held_out, alpha_bar),
             ORANGE,
@@ -355,8 +356,8 @@ def guidance() -> plt.Figure:
     return figure
 
 
-def options(seed: int = 1) -> dict:
-    return {"guidance_scale": 3.0, "eta": 1.0, "generator": generators([seed])}
+def options() -> dict:
+    return {"guidance_scale": 3.0, "eta": 1.0, "generator": generators([1])}
 
 
 def pipeline() -> plt.Figure:
@@ -449,7 +450,7 @@ def tasks() -> plt.Figure:
     arrow(axes, (3.25, 0.85), (3.25, 0.35), (7.55, 0.35), (7.55, 0.85), colour=ORANGE)
     write(axes, 5.3, 0.5, "$z_0$, known outside the mask", color=ORANGE)
     box(axes, 7.55, 1.3, 2.3, 0.9, "sample: 50 steps,\neach puts $z_0$ back", ORANGE)
-    write(axes, 9.95, 0.5, "then the known pixels", color=ORANGE)
+    write(axes, 9.95, 0.5, "known pixels are kept", color=ORANGE)
     return figure
 
 

@@ -16,7 +16,7 @@ from toolbox.files import UserError, check_number, user_errors
 
 # What is left blank, and a test that it must then pass: tests/test_FILE.py::test_NAME.
 TABLE = """
-processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_their_papers
+processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_diffusers_and_their_papers
 processes.py:add_noise               processes::add_noise_is_what_many_small_steps_do
 processes.py:sample                  math::a_step_at_eta_1_is_the_posterior
 processes.py:noise_from_velocity   processes::the_right_v_and_the_right_velocity_are_the_right_noise
@@ -65,24 +65,26 @@ def files() -> list[str]:
 
 
 def blank(folder: Path, task: str) -> None:
-    """Take the body out of a function, but for its docstring; of `sample` only the four lines."""
+    """Take the body out of a function, but for its docstring; of `sample` only four lines."""
     file, name = task.split(":")
     source = (folder / file).read_text("utf-8")
     body = ast.parse(source).body
     for part in name.split("."):
         body = next(node for node in body if getattr(node, "name", None) == part).body
-    body = body[1:] if isinstance(body[0], ast.Expr) else body
-    if name == "sample":
+    parts, lines = [body[1:] if isinstance(body[0], ast.Expr) else body], source.splitlines()
+    if name == "sample":  # x0; and from sigma on to the fresh noise
         loop = next(node for node in body if isinstance(node, ast.For)).body
-        body = loop[3:-1]  # what comes between the predicted noise and on_step
-    lines, first = source.splitlines(), body[0]
-    todo = f'{" " * first.col_offset}raise NotImplementedError("homework: {name}")'
-    lines[first.lineno - 1 : body[-1].end_lineno] = [todo]
+        parts = [loop[-4:-1], loop[3:4]]
+    for part in parts:  # from the last one up: lines above keep their numbers
+        todo = f'{" " * part[0].col_offset}raise NotImplementedError("homework: {name}")'
+        lines[part[0].lineno - 1 : part[-1].end_lineno] = [todo]
     (folder / file).write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def report(folder: Path) -> None:
     """Which of the tasks pass their test, in the copy?"""
+    if not (folder / "docs/homework.py").exists():
+        raise UserError(f"{folder}: expected a copy that this program made, or a new name")
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header"]
     result = subprocess.run([*command, *TASKS.values()], cwd=folder, capture_output=True, text=True)
     lines = result.stdout.splitlines()

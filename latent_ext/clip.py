@@ -88,7 +88,9 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         try:
             if path.exists():
-                return cls(Rules.from_file(str(path)), length)
+                rules = Rules.from_file(str(path))
+                rules.encode("?")  # fails where unknown words have no token
+                return cls(rules, length)
             path = folder / "vocab.json"
             vocabulary = json.loads(path.read_text("utf-8")) if path.exists() else None
             path = folder / "merges.txt"

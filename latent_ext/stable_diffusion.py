@@ -25,39 +25,18 @@ from latent_ext.attention import SpatialTransformer
 from latent_ext.clip import END, UNKNOWN, TextEncoder, Tokenizer
 from latent_ext.pipeline import Pipeline
 from latent_ext.vae import VAE
-from latent_ext.weight_names import COMPVIS, DIFFUSERS, name_pairs
+from latent_ext.weight_names import COMPVIS, CONFIG_KEYS, DIFFUSERS, name_pairs
 from processes import NoiseSchedule
 from toolbox.files import UserError, atomic_write, system_errors
 from toolbox.models import verify_checksum
 from unet import UNet
 
 EXPECTED = "expected a Stable Diffusion v1.x (2.x and XL are others)"
-V1_5 = json.loads(Path(__file__).with_name("v1_5.json").read_text("utf-8"))  # its small files
+V1_5 = json.loads(Path(__file__).with_name("v1_5.json").read_text("utf-8"))  # its JSON files
 PREFIX = {  # of the names in a single file
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
-}
-CONFIG_KEYS = {  # of diffusers' small files: our words for what we read and write
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "latent_channels": "latent_channels",
-    "block_out_channels": "channels",
-    "layers_per_block": "num_res_blocks",
-    "down_block_types": "attention_levels",
-    "attention_head_dim": "heads",  # a number of heads, whatever the name says
-    "norm_num_groups": "groups",
-    "scaling_factor": "scaling_factor",
-    "sample_size": "size",
-    "vocab_size": "vocab_size",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "max_position_embeddings": "length",
-    "intermediate_size": "hidden",
-    "num_train_timesteps": "T",
-    "prediction_type": "prediction",
-    "timestep_spacing": "spacing",
 }
 REQUIRED = V1_5.pop("required")  # entries that our networks and schedules cannot vary
 SCHEDULES = {  # ours, and how a scheduler_config.json describes them
@@ -81,6 +60,8 @@ def load(
     attention = partial(SpatialTransformer, context_width=text_encoder.config["width"])
     unet = load_network("unet", partial(UNet, attention_block=attention), path)
     vae = load_network("vae", VAE, path)
+    if unet.config["out_channels"] != vae.config["latent_channels"]:
+        raise UserError(f"{path}: its U-Net and its VAE differ in the channels of their latents")
     if dtype is None:
         dtype = unet.conv_in.weight.dtype
         if torch.device(device).type == "cpu":
@@ -96,14 +77,15 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
     """One of the three, out of the folder or of the single file."""
     name = f"{part}/config.json"
     if path.is_dir():
-        entries, source = read_entries(path, name), path / name
-        layout, file = DIFFUSERS, weights_file(path / part)
+        layout, entries = DIFFUSERS, read_entries(path, name)
+        config = our_config(make, name, entries, path / name)
+        file = weights_file(path / part)
         tensors = modern_names(read_tensors(file))
     else:
-        layout, file, source = COMPVIS, path, path
+        layout, file = COMPVIS, path
         tensors = modern_names(read_tensors(file), PREFIX[part])
         entries = V1_5[name] | read_sizes(part, tensors, path)
-    config = our_config(make, entries, source)
+        config = our_config(make, name, entries, path)
     with torch.device("meta"):  # shapes only: the weights are those of the file
         network = make(**config)
     load_weights(part, network, tensors, layout, file)
@@ -178,11 +160,14 @@ def load_weights(
             got = "is missing" if w is None else f"is {tuple(w.shape)}"
             wrong.append(f"{theirs} {got}, expected {tuple(shape)}")
         elif not is_whole(w):
-            wrong.append(f"{theirs} has not all of its numbers, or not all of them are finite")
+            wrong.append(f"{theirs} has missing or non-finite numbers")
     wrong += [f"{name} is not known" for name in tensors]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{path}: {EXPECTED}, but {'; '.join(wrong[:3])}{more}")
+        raise UserError(
+            f"{path}: {EXPECTED}, but {'; '.join(wrong[:3])}{more}. If you changed the networks, "
+            "undo that or train anew"
+        )
     network.load_state_dict(weights, assign=True)
 
 
@@ -197,40 +182,47 @@ def is_whole(w: Tensor) -> bool:
 
 
 def read_entries(folder: Path, name: str) -> dict:
-    """Of one of the small files. What it does not say is as in v1.5."""
-    path = folder / name
-    with system_errors(path):
-        content = path.read_bytes()
+    """Of one of the JSON files; v1.5's entries where it is silent."""
+    with system_errors(folder / name):
+        content = (folder / name).read_bytes()
     try:
-        entries = V1_5[name] | json.loads(content)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: expected a JSON object; the file is damaged") from error
+        given = json.loads(content)
+        return {key: given.get(key, usual) for key, usual in V1_5[name].items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / name}: expected a JSON object; this one is damaged") from error
+
+
+def check_entries(name: str, entries: dict, path: Path) -> None:
+    """Asked before anything is built."""
     for key, usual in V1_5[name].items():
         value = entries[key]
         if key in REQUIRED and value != usual:
             raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {value!r:.60}")
         if key in CONFIG_KEYS and not is_plausible(value, usual):
-            raise UserError(f"{path}: expected a {key} like {usual}, got {value!r:.60}")
-    return entries
+            raise UserError(f"{path}: expected {key} to be like {usual}, got {value!r:.60}")
 
 
 def is_plausible(value: object, usual: object) -> bool:
-    """Of the same kind, and not larger by far? Asked before anything is built."""
+    """Of the same type as in v1.5, and not larger by far?"""
     if isinstance(usual, list):
-        few = isinstance(value, list) and 1 <= len(value) <= 10
+        few = isinstance(value, list) and 1 <= len(value) <= 8
         return few and all(is_plausible(one, usual[0]) for one in value)
     if isinstance(usual, str):
         return isinstance(value, str)
-    return type(value) in (int, type(usual)) and 0 < value <= 50 * usual
+    most = (20 if isinstance(usual, int) else 1000) * usual
+    return type(value) in (int, type(usual)) and 0 < value <= most
 
 
 def read_sizes(part: str, tensors: dict[str, Tensor], path: Path) -> dict:
-    """In place of a config.json: where these tensors differ from v1.5's."""
+    """In place of a config.json: the entries in which these tensors may differ from v1.5's."""
 
     def size(layer: str, dim: int = 0) -> int:
         w = tensors.get(f"{layer}.weight")
         if w is None or w.ndim <= dim or w.numel() == 0:
-            raise UserError(f"{path}: {EXPECTED}, but {layer}.weight is missing")
+            raise UserError(
+                f"{path}: {EXPECTED}, but {layer}.weight is missing; of a model in diffusers' "
+                "layout, name the folder"
+            )
         return w.shape[dim]
 
     if part == "unet":
@@ -252,8 +244,9 @@ def read_sizes(part: str, tensors: dict[str, Tensor], path: Path) -> dict:
     }
 
 
-def our_config(make: Callable[..., nn.Module], entries: dict, path: Path) -> dict:
-    """The arguments of our network. Of groups and heads no shape of a weight could tell."""
+def our_config(make: Callable[..., nn.Module], name: str, entries: dict, path: Path) -> dict:
+    """The arguments of `make`, checked: groups and heads show in the shape of no weight."""
+    check_entries(name, entries, path)
     ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
     config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
     channels = config.get("channels") or [config["width"]]
@@ -273,6 +266,7 @@ def read_settings(path: Path, downsampling: int) -> dict:
     """How the U-Net was trained. As v1.5 where a file is silent, or not there."""
     file, unet = "scheduler/scheduler_config.json", "unet/config.json"
     entries = read_entries(path, file) if (path / file).exists() else V1_5[file]
+    check_entries(file, entries, path / file)
     size = (read_entries(path, unet) if path.is_dir() else V1_5[unet])["sample_size"]
     names = [name for name, ours in SCHEDULES.items() if entries | ours == entries]
     prediction, spacing = entries["prediction_type"], entries["timestep_spacing"]
@@ -312,7 +306,7 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
     unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
     cross = ["CrossAttn" if here else "" for here in unet.config["attention_levels"]]
     levels = len(vae.config["channels"])
-    changes = {  # of v1.5's small files, in our words where CONFIG_KEYS has them
+    changes = {  # of v1.5's JSON files, in our words where CONFIG_KEYS has them
         "unet/config.json": unet.config
         | {
             "size": pipeline.size // vae.downsampling,

@@ -5,15 +5,16 @@ outputs at each token is what the U-Net is conditioned on.
 """
 
 import argparse
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
 
 from latent_ext.clip import CLIP, ImageEncoder, TextEncoder, Tokenizer, contrastive_loss
 from latent_ext.data import unique_captions
-from latent_ext.figures import plot_similarity
 from toolbox.data import Data, from_uint8, load_data
-from toolbox.images import plot_training
+from toolbox.images import plot_training, save_plot, to_image
 from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 300, 64
@@ -69,3 +70,22 @@ def retrieval_accuracy(network: CLIP, tokenizer: Tokenizer, data: Data, others: 
         drawn = torch.randperm(len(captions), generator=generator)
         correct += bool((cosine[own] > cosine[drawn[drawn != own][:others]]).all())
     return correct / len(images)
+
+
+@torch.no_grad()
+def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path) -> None:
+    """The cosine of each of ten images with the caption of each: large on the diagonal."""
+    captions, caption_of = unique_captions(data.captions)
+    captions, device = captions[:10], network.logit_scale.device
+    images = torch.stack([data.images[caption_of == i][0] for i in range(len(captions))])
+    images = from_uint8(images).to(device)
+    texts = network.encode_text(tokenizer(captions).to(device))
+    cosines = (texts @ network.encode_image(images).T).cpu().numpy()  # (captions, images)
+    figure, axes = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
+    strip = to_image(torch.cat([*images], dim=2))
+    axes.imshow(strip, extent=(-0.5, len(captions) - 0.5, -0.6, -1.6), cmap="gray")
+    shown = axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
+    figure.colorbar(shown, label="cosine")
+    axes.set(ylim=(len(captions) - 0.5, -1.6), xticks=[])
+    axes.set_yticks(range(len(captions)), captions, fontsize=8)
+    save_plot(figure, path)

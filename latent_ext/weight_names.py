@@ -11,9 +11,17 @@ from pathlib import Path
 
 from torch import nn
 
+TABLE = re.sub("#.*", "", Path(__file__).with_name("weight_names.txt").read_text("utf-8"))
+SECTIONS = dict(re.findall(r"\[(\w+)\]([^[]*)", TABLE))
 DIFFUSERS, COMPVIS = 0, -1  # columns of the table, after our own
-TABLE = Path(__file__).with_name("weight_names.txt")
-LAYER = re.compile(r"(?:(.+\.(res|attn))\.)?(.+)\.(weight|bias)")  # block, its kind, layer in it
+LAYER = re.compile(r"(?:(.+\.(res|attn))\.)?(.+)\.(\w+)")  # block, its kind, layer in it, weight
+
+
+def rows(section: str) -> list[list[str]]:
+    return [line.split() for line in section.splitlines() if line.strip()]
+
+
+CONFIG_KEYS = {theirs: ours for ours, theirs in rows(SECTIONS["config"])}
 
 
 def name_pairs(part: str, network: nn.Module, layout: int) -> Iterator[tuple[str, str]]:
@@ -22,19 +30,19 @@ def name_pairs(part: str, network: nn.Module, layout: int) -> Iterator[tuple[str
     names = layer_names(part, network.config, layout)
     for ours in network.state_dict():
         block, kind, layer, parameter = LAYER.fullmatch(ours).groups()
-        theirs = names[layer] if block is None else f"{names[block]}.{names[f'{kind}.{layer}']}"
+        if block is None:
+            theirs = names.get(layer, layer)  # a layer that a reader adds keeps its name
+        else:
+            theirs = f"{names[block]}.{names.get(f'{kind}.{layer}', layer)}"
         yield f"{theirs}.{parameter}", ours
 
 
 def layer_names(part: str, config: dict, layout: int) -> dict[str, str]:
     """Our name -> theirs, for every layer that such a network may have."""
-    text = re.sub("#.*", "", TABLE.read_text("utf-8"))
-    section = text.partition(f"[{part}]")[2].partition("[")[0]
     halves = ("", "encoder.", "decoder.") if part == "vae" else ("",)
     names = {}
     for numbers, n, x, half in product(block_numbers(config), (1, 2, 3), "qkv", halves):
-        rows = map(str.split, section.format(**numbers, n=n, x=x).splitlines())
-        for ours, *theirs in filter(None, rows):
+        for ours, *theirs in rows(SECTIONS[part].format(**numbers, n=n, x=x)):
             names[half + ours] = half + theirs[layout]
     return names
 

@@ -121,7 +121,7 @@ def said(main, capsys):
     lines = capsys.readouterr().err.splitlines()
     lines = [line for line in lines if line.strip() and "/s]" not in line]  # no progress bars
     assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
+    return lines[0].replace("\\", "/")  # of Windows
 
 
 class Evil:

@@ -43,7 +43,7 @@ def variants(field: str, node: ast.AST) -> list[ast.AST | None]:
         found.append(node.operand)
     if field == "test":
         found.append(ast.UnaryOp(ast.Not(), node))
-    if field in ("decorator_list", "keywords"):
+    if field in ("decorator_list", "keywords") and getattr(node, "arg", "") != "help":
         found.append(None)
     docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     if isinstance(node, SIMPLE) and not docstring:

@@ -112,7 +112,7 @@ def text_pair(ours):
 
 
 def their_text_name(name):
-    """layers.0.norm1.bias -> encoder.layers.0.layer_norm1.bias, of the text or the image encoder."""
+    """layers.0.norm1.bias -> encoder.layers.0.layer_norm1.bias, of either encoder of CLIP."""
     return renamed(name, layer_names("text_encoder", {"layers": 12}, DIFFUSERS))
 
 

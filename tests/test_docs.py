@@ -44,17 +44,15 @@ def without_indentation(code):
 
 @pytest.fixture
 def names():
-    """What a snippet may use: the code's names, tiny networks, and images of noise."""
+    """What a snippet may use: the code's names, and small things of the names it shows."""
     scope = {}
     for module in ("train", "latent_ext.guidance", "latent_ext.vae", "unet", "processes"):
         scope |= vars(importlib.import_module(module))
     scope |= {"schedule": scope["NoiseSchedule"].sigmoid(), "t": torch.tensor([3, 900])}
-    scope |= {"unet": scope["UNet"](channels=(4, 8), attention_levels=(False, True))}
-    scope |= {"vae": scope["VAE"](channels=(4, 4, 8), groups=4)}
-    scope |= dict.fromkeys(("x0", "noise"), torch.randn(2, 3, 32, 32))
-    scope |= dict.fromkeys(("digits", "nothing", "text", "no_text"), torch.zeros(2, 1))
-    scope |= {"latents": torch.randn(2, 4, 8, 8)}
-    return scope | dict.fromkeys(("class_unet", "text_unet"), lambda x, t, context: 0.5 * x)
+    scope |= {"vae": scope["VAE"](channels=(4, 4, 8), groups=4), "latents": torch.randn(2, 4, 8, 8)}
+    scope |= {"predict_noise": lambda x, t, *context: 0.5 * x}
+    scope |= dict.fromkeys(("context", "null_context"), torch.zeros(2, 1))
+    return scope | {"x0": torch.randn(2, 3, 32, 32)}
 
 
 @pytest.mark.parametrize("block", blocks())
@@ -129,8 +127,8 @@ def test_the_core_imports_nothing_of_the_extension_and_no_program_patches_its_pa
             y.name.split(".")[0] for x in imports if isinstance(x, ast.Import) for y in x.names
         }
         assert found & own <= rooms, file
-    for path in [*ROOT.glob("*/*.py"), *ROOT.glob("*.py")]:
-        assert "sys.path" not in text(path) or path.parent.name == "tests", path
+    for path in [path for room in (*ROOMS, ROOT / "benchmarks") for path in room.glob("*.py")]:
+        assert "sys.path" not in text(path), path
 
 
 def test_the_checksums_are_those_of_all_ready_models():

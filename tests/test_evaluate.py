@@ -69,7 +69,10 @@ def test_it_prints_a_table_and_writes_a_plot(evaluate_here, here):
             rf"total variation of the class( +{number}){{2}}",
         ],
         rf"KID x 1000 \(our features\)( +{number} \+- {number}){{2}} \(30 real images\)",
-        *[rf"copies .*: {number},", rf" .* {number} .*{number} % are nearer than 99 % of those"],
+        *[
+            rf"copies .* {number} of 255 .*,",
+            rf" .* {number}; {number} % are nearer than 99 % of those",
+        ],
         "wrote evaluation.png",
     ]
     lines = out.splitlines()
@@ -110,7 +113,7 @@ def test_a_network_that_copies_is_noticed(capsys):
     images = torch.randint(0, 256, (150, 3, 4, 4), dtype=torch.uint8, generator=generator)
     data, held_out = Data("test", images[:100]), Data("test", images[100:])
     neighbours, rms = evaluate.report_copies(data.images[:20].flip(-1), data, held_out)
-    assert "of 255: 0.0," in (out := capsys.readouterr().out) and " 100.0 % are nearer" in out
+    assert "is 0.0 of 255 away" in (out := capsys.readouterr().out) and " 100.0 % are nearer" in out
     assert torch.equal(neighbours, data.images[:20].flip(-1))
     assert {name: len(x) for name, x in rms.items()} == {"samples": 20, "held-out images": 20}
     evaluate.report_copies(held_out.images, data, held_out)
@@ -225,7 +228,7 @@ def test_levels_of_nearly_only_noise_or_nearly_none_do_not_count(make, capsys):
         ({"data": None}, "new.pt was trained on a folder named many: add --data path/to/many"),
         ({"data": "nowhere"}, "--data 'nowhere': expected a folder of images"),
         ({"data": "few"}, "few: 15 images; expected 16 or more"),
-        ({"data": "mnist"}, "new.pt makes images of 3 channels, those of mnist have 1"),
+        ({"data": "mnist"}, "new.pt needs 3 channels, mnist has 1"),
         ({"out": "many"}, "--out many: expected a name that ends in .png"),
         ({"out": "results.jpg"}, "--out results.jpg: expected a name that ends in .png"),
         ({"out": "new.pt/evaluation.png"}, "new.pt/evaluation.png: File exists; check"),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import said
+from conftest import ROOT
 
 from toolbox.files import (
     UserError,
@@ -20,14 +20,6 @@ from toolbox.files import (
 )
 
 
-@pytest.fixture(scope="module")
-def dead():
-    """The number of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def test_a_file_is_written_whole_or_stays_as_it_was(here):
     path = here / "new/folder/file"
     with atomic_write(path) as temporary:
@@ -38,18 +30,12 @@ def test_a_file_is_written_whole_or_stays_as_it_was(here):
         temporary.write_text("second, hal")
         raise ZeroDivisionError
     assert path.read_text() == "first" and [*path.parent.iterdir()] == [path]
-    with pytest.raises(UserError, match=r"file/x: .*; check its name"), atomic_write(path / "x"):
-        pass
-
-
-def test_whether_a_file_can_be_written_is_asked_without_changing_anything(here):
-    (here / "file").write_text("kept")
-    check_writable(here / "file")
-    check_writable(here / "folder/new")
-    assert (here / "file").read_text() == "kept" and not [*(here / "folder").iterdir()]
-    for bad in ("folder", "file/below"):
-        with pytest.raises(UserError, match=bad):
-            check_writable(here / bad)
+    check_writable(path)
+    check_writable(here / "other/new")
+    assert path.read_text() == "first" and not [*(here / "other").iterdir()]
+    for write in (lambda: atomic_write(path / "x").__enter__(), lambda: check_writable(path / "x")):
+        with pytest.raises(UserError, match=r"file.x: .*; check its name"):
+            write()
 
 
 @pytest.mark.parametrize(
@@ -76,26 +62,24 @@ def test_what_a_user_can_mend_is_one_line_and_all_else_keeps_its_traceback(
     assert err.startswith(line) and err.count("\n") == (code == 2)
 
 
-def test_numbers_are_checked_with_their_limits(capsys):
+def test_numbers_are_checked_with_their_limits():
     check_number("--n", 1, 1)
     check_number("--n", 5, 1, 5)
-    for number, low, high, limits in [
-        (0, 1, math.inf, "1 or more"),
-        (6, 1, 5, "1 to 5"),
-        (math.nan, 0, 1, "0 to 1"),
-        (math.inf, 0, math.inf, "0 or more"),
-    ]:
-        sentence = said(lambda n=number, a=low, b=high: check_number("--n", n, a, b), capsys)
-        assert sentence == f"error: --n {number}: expected {limits}"
+    for number, *limits in ((0, 1), (6, 1, 5), (math.nan, 0, 1), (math.inf, 0)):
+        told = f"{limits[0]} to {limits[1]}" if limits[1:] else f"{limits[0]} or more"
+        with pytest.raises(UserError, match=f"--n {number}: expected {told}"):
+            check_number("--n", number, *limits)
 
 
-def test_a_folder_is_one_living_process_and_a_dead_ones_lock_is_taken_over(here, dead, capsys):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot only ask: every process lives")
+def test_a_folder_belongs_to_a_living_process_and_leftovers_of_dead_ones_are_removed(here, capsys):
     lock, host = here / "run/lock", socket.gethostname()
     lock_folder(here / "run")
-    mine = lock.read_text()
+    mine, dead = lock.read_text(), subprocess.Popen([sys.executable, "-c", ""])
     lock_folder(here / "run")
+    dead.wait()
     assert mine == f"{os.getpid()} {host}" and not capsys.readouterr().out
-    for left in (f"{dead} {host}", f"{os.getppid()} elsewhere", ""):
+    for left in (f"{dead.pid} {host}", f"{os.getppid()} elsewhere", ""):
         lock.write_text(left)
         lock_folder(here / "run")
         assert lock.read_text() == mine and capsys.readouterr().out.count("\n") == 1
@@ -103,14 +87,30 @@ def test_a_folder_is_one_living_process_and_a_dead_ones_lock_is_taken_over(here,
     with pytest.raises(UserError, match=f"another training, process {os.getppid()}, is using"):
         lock_folder(here / "run")
     assert lock.read_text() == f"{os.getppid()} {host}"
-    (here / "file").write_text("kept")
-    with pytest.raises(UserError, match=r"file.*: .*check its name"):
-        lock_folder(here / "file")
-
-
-def test_leftovers_of_dead_processes_are_removed(here, dead):
-    names = [f"model.pt.{dead}.tmp", "a.odd.tmp", f"model.pt.{os.getppid()}.tmp", "model.pt"]
+    names = [f"a.pt.{os.getppid()}.tmp", "lock", "model.pt", f"a.pt.{dead.pid}.tmp", "b.odd.tmp"]
     for name in names:
-        (here / name).write_text("")
-    remove_leftovers(here)
-    assert sorted(path.name for path in here.iterdir()) == sorted(names[2:])
+        (here / "run" / name).write_text("")
+    remove_leftovers(here / "run")
+    assert sorted(path.name for path in (here / "run").iterdir()) == names[:3]
+    with pytest.raises(UserError, match=r"lock: .*check its name"):
+        lock_folder(lock)
+
+
+def test_a_reader_that_leaves_ends_nothing(here):
+    """As in `python train.py 2>&1 | head -1`."""
+    program = """
+import sys
+from toolbox.files import user_errors
+with user_errors():
+    for i in range(3):
+        print("line", i, flush=True)
+        print("bar", i, file=sys.stderr, flush=True)
+    open("done", "w").close()
+"""
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", program]
+    result = subprocess.run(words, stdout=write, stderr=write, env=environment, timeout=60)
+    os.close(write)
+    assert result.returncode == 0 and (here / "done").exists()

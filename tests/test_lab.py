@@ -105,7 +105,8 @@ def test_each_blank_is_a_body_that_is_gone_and_its_docstring_is_not(pupil):
     for task in homework.TASKS:
         file, name = task.split(":")
         before, after = ((root / file).read_text("utf-8") for root in (ROOT, pupil))
-        assert after.count(f'raise NotImplementedError("homework: {name}")') == 1
+        blanks = after.count(f'raise NotImplementedError("homework: {name}")')
+        assert blanks == (2 if name == "sample" else 1)
         compile(after, file, "exec")
         assert len(after) < len(before) and after.count('"""') == before.count('"""')
 

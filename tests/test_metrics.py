@@ -335,6 +335,11 @@ def test_a_classifier_learns_within_seconds(make):
     torch.testing.assert_close(alone[0], features[256], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [8, 40, 64])
+def test_images_of_every_size_make_a_batch(size):
+    assert train_feature_net(landscapes(10, size), steps=1).questions["rotation"] == 4
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_a_corruption_is_one_and_a_mild_one(kind, channels):

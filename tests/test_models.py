@@ -154,7 +154,7 @@ def test_a_file_that_is_no_model_is_one_sentence_and_is_never_executed(tiny, her
     ("name", "told"),
     [
         ("catz", "did you mean cats?"),
-        ("folder", "did you mean folder/model.pt?"),
+        ("folder", "did you mean folder.model.pt?"),
         ("latent-cats", "use python -m latent_ext.generate"),
         ("nothing-like-it", "no such model file; .*ready models: .*real-cats"),
     ],

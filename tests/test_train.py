@@ -2,47 +2,46 @@
 
 import copy
 import os
-import re
 import signal
 import socket
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Evil, checkpoint, contents, flat, said
+from conftest import TINY, Evil, checkpoint, contents, flat, pixels, said
 
 import toolbox.device
 import toolbox.run
+import toolbox.timing
 import train
-from processes import NoiseSchedule
+from processes import NoiseSchedule, noise_from_v
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.device import pick_device
 from toolbox.files import UserError
+from toolbox.images import grid
 from toolbox.models import load_model, model_config
 from toolbox.muon import Muon
 from toolbox.run import Run, generator_for
+from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
 LOG_SAMPLES = train.log_samples  # the fixture train_here replaces it
-RATES = [(0, 4e-5), (24, 1e-3), (48, 1.904e-3), (500, 1e-3), (999, 2e-6)]  # of 1000 steps
+RATES = {0: 4e-5, 24: 1e-3, 48: 1.904e-3, 500: 1e-3, 999: 2e-6}  # of 1000 steps
 
 # ---- the recipe ----------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_warms_up_and_falls_linearly_to_0():
-    assert [train.learning_rate(step, 1000) for step, _ in RATES] == pytest.approx(
-        [rate for _, rate in RATES]
-    )
+    assert {step: train.learning_rate(step, 1000) for step in RATES} == pytest.approx(RATES)
 
 
 def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     """The same arithmetic a second time, with optimizers built here, number by number."""
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Conv2d(1, 2, 3))
+    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Conv2d(1, 2, 3)).double()
     network.register_buffer("table", torch.zeros(3))
     ema, twin = copy.deepcopy(network), copy.deepcopy(network)
     optimizers = train.make_optimizers(network)
@@ -50,26 +49,27 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     judges = [Muon([twin[0].weight, twin[1].weight], 2e-3, 0.95, 0.01)]
     judges += [torch.optim.AdamW(vectors, 2e-3, betas=(0.9, 0.99), **options)]
     expected = [w.detach().clone() for w in ema.parameters()]
-    for step, scale in enumerate((30.0, 0.01, 3.0, 1.0)):
+    for step, scale in enumerate((30.0, 0.01, 3.0, 1.0), start=48):
         losses = [scale * sum(w.sin().sum() for w in net.parameters()) for net in (network, twin)]
         train.gradient_step(losses[0], network, ema, optimizers, step, 100)
         losses[1].backward()
         norm = sum(w.grad.square().sum() for w in twin.parameters()).sqrt().item()
         for w in twin.parameters():
-            w.grad *= min(1, 1 / norm)
+            w.grad *= min(1, 1 / (norm + 1e-6))
         for judge in judges:
-            judge.param_groups[0]["lr"] = 2e-3 * (step + 1) / 50
+            judge.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 50, 1 - step / 100)
             judge.step()
             judge.zero_grad()
         torch._foreach_lerp_(expected, [*twin.parameters()], 1 - (2 + step) / (11 + step))
-        torch.testing.assert_close([*network.parameters()], [*twin.parameters()])
-        torch.testing.assert_close([*ema.parameters()], expected)
+        same = {"rtol": 0, "atol": 1e-8}
+        torch.testing.assert_close([*network.parameters()], [*twin.parameters()], **same)
+        torch.testing.assert_close([*ema.parameters()], expected, **same)
         assert all(w.grad is None for w in network.parameters())
         network.table.add_(1)
     assert not ema.table.any()  # a buffer is no weight: its values have no mean
     train.update_ema(ema, network, 10**6)
     torch._foreach_lerp_(expected, [*network.parameters()], 0.0001)
-    torch.testing.assert_close([*ema.parameters()], expected)
+    torch.testing.assert_close([*ema.parameters()], expected, **same)
 
 
 def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
             return asked[-1][-1]
 
     monkeypatch.setattr(train, "UNet", lambda *channels: Asked(*channels, **TINY))
-    out = train_here("--steps", 2, "--seed", 5)
+    out = train_here("--steps", 2, "--seed", 5, "--out", None)
     images, losses = from_uint8(load_data("photos", 16).images), []
     for step, (x, t, v) in enumerate(asked[-2:]):
         generator = generator_for(5, step)
@@ -94,21 +94,14 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
         a = NoiseSchedule.sigmoid().alpha_bar[t].view(-1, 1, 1, 1)
         torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
         losses.append(F.mse_loss((1 - a).sqrt() * x + a.sqrt() * v, noise).item())
-    assert checkpoint("run")["history"][0][1] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    history = checkpoint("runs/photos")["history"]
+    assert history == [(2, pytest.approx(sum(losses) / 2, rel=1e-5))]
     assert "steps 0 to 2 of 4 images" in out and "photos: 12 of 3x16x16" in out
 
 
-def test_it_learns(train_here, photos, monkeypatch):
-    """Some steps on a single image: the loss falls below that of a network that outputs 0."""
-    monkeypatch.setattr(toolbox.run, "SAVE_EVERY", 1000)
-    for i in range(1, 12):
-        (photos / f"{i}.png").unlink()
-    train_here("--steps", 120, "--size", 8, "--batch", 16)
-    losses = [loss for _, loss in checkpoint("run")["history"]]
-    assert len(losses) == 12 and sum(losses[-3:]) < 0.85 * sum(losses[:3])
-
-
 def test_the_network_depends_on_the_size_and_starts_from_the_seed(train_here, monkeypatch):
+    with pytest.raises(SystemExit):  # argparse's own refusal
+        train_here("--schedule", "sine")
     made = []
     monkeypatch.setattr(
         train, "start_run", lambda _, out, network, *__: made.append(network) or 1 / 0
@@ -185,26 +178,34 @@ def test_previews_disturb_nothing(train_here, monkeypatch, here):
     assert torch.equal(flat("blind"), flat("seen"))
     new = contents("seen").keys() - contents("blind").keys()
     assert new == {"loss.png", "samples-000002.png", "samples-000003.png"}
-    assert (here / "seen/samples-000003.png").stat().st_size > 20_000  # 36 images
+    network, schedule = UNet(3, 3, **TINY), NoiseSchedule.sigmoid()
+    network.load_state_dict(checkpoint("seen")["ema"])
+    predict_noise, seeds = noise_from_v(network, schedule), range(36)
+    x = sample_seeds(predict_noise, (3, 16, 16), seeds, schedule, clip_x0=True)
+    assert (pixels(grid(x)) - pixels(here / "seen/samples-000003.png")).abs().max() <= 1
 
 
 # ---- how long it takes, in which precision, on which device --------------------------------------
 
 
 @pytest.mark.parametrize("slow", ["float32", "bfloat16", "an error in bfloat16"])
-def test_both_precisions_are_timed_and_the_faster_is_taken_announced_and_kept(here, capsys, slow):
+def test_both_precisions_are_timed_and_the_faster_is_taken_announced_and_kept(
+    here, capsys, monkeypatch, slow
+):
+    def work(seconds):
+        clock.append(clock[-1] + seconds)
+
     def step(precision):
         if slow == f"an error in {precision}":
             raise RuntimeError("this device has none")
-        time.sleep(0.06 if precision == slow else 0.02)
+        work(0.06 if precision == slow else 0.02)
 
+    clock = [0.0]
+    monkeypatch.setattr(toolbox.timing, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
     run, faster = tiny_run(6000, precision=None), "bfloat16" if slow == "float32" else "float32"
-    announce(run, step, lambda precision: time.sleep(0.05), 60)
+    announce(run, step, lambda precision: work(0.06), 60)
     assert run.precision == faster
-    minutes = re.search(r"about ([\d.]+) minutes, ([\d.]+) of", capsys.readouterr().out).groups()
-    minutes, previews = map(float, minutes)
-    assert previews == pytest.approx(5 * 60 * 0.05 / 60, rel=0.3)
-    assert minutes - previews == pytest.approx(6000 * 0.02 / 60, rel=0.3)
+    assert "about 2.3 minutes, 0.3 of them for previews" in capsys.readouterr().out
     run.save()
     assert tiny_run(precision=None).precision == faster
     run.precision, slow = "bfloat16", "an error in bfloat16"  # asked for: nothing else to take
@@ -281,7 +282,7 @@ for out in ("killed", "straight"):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, and kill -9")
-@pytest.mark.parametrize("kills", [7, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_it_resumes_bit_by_bit(photos, start, kills):
     program = start(extra=KILL.replace("KILLS", str(kills)))
     out, err = program.communicate(timeout=60 + 10 * kills)
@@ -294,24 +295,21 @@ def test_killed_at_any_moment_it_resumes_bit_by_bit(photos, start, kills):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends signals differently")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_the_same_command_resumes(
-    train_here, monkeypatch, capsys, number
-):
+def test_after_ctrl_c_it_saves_and_the_same_command_resumes(train_here, monkeypatch, capsys):
     monkeypatch.setattr(toolbox.run, "SAVE_EVERY", 1000)
     train_here("--steps", 12, "--out", "straight")
-    step, before = train.gradient_step, signal.getsignal(number)
+    step, before = train.gradient_step, signal.getsignal(signal.SIGINT)
 
     def stop_in_step_7(*words):
         step(*words)
         if words[4:] == (6, 12):
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train, "gradient_step", stop_in_step_7)
         train_here("--steps", 12)
     assert end.value.code == 130 and "after step 7 of 12" in capsys.readouterr().out
-    assert checkpoint("run")["step"] == 7 and signal.getsignal(number) is before
+    assert checkpoint("run")["step"] == 7 and signal.getsignal(signal.SIGINT) is before
     assert "steps 7 to 12" in train_here("--steps", 12)
     assert torch.equal(flat("run"), flat("straight"))
     assert checkpoint("run")["history"] == checkpoint("straight")["history"]
@@ -352,7 +350,7 @@ def test_a_folder_of_other_settings_or_of_another_training_is_refused_and_untouc
         ("--size", 8, "size = 16, and now it is 8"),
         ("--schedule", "linear", "schedule = .*'sigmoid'.*'linear'"),
         ("--precision", "bfloat16", "precision = float32, and now it is bfloat16"),
-        ("--model", "run/model.pt", "model = None, and now it is run/model.pt"),
+        ("--model", "run/model.pt", "model = None, and now it is run.model.pt"),
         ("--steps", 3, f"another training, process {os.getppid()}, is using run"),
     ]:
         with pytest.raises(UserError, match=rf"{told}.*use another --out"):
@@ -403,28 +401,3 @@ def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_touched(train_here,
         before = contents("run")
         assert "run/resume.pt" in said(lambda: train_here("--steps", 2), capsys)
         assert contents("run") == before and not (here / "executed").exists()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit for the size of files")
-def test_a_full_disk_keeps_the_last_checkpoint(train_here, monkeypatch, capsys):
-    """The limit for the size of a file is real: the system refuses to write, in step 4."""
-    from resource import RLIMIT_FSIZE, getrlimit, setrlimit
-
-    def full_in_step_4(ema, network, step, before=train.update_ema):
-        before(ema, network, step)
-        if step == 4:
-            setrlimit(RLIMIT_FSIZE, (len(contents("run")["model.pt"]) + 5000, limits[1]))
-
-    limits = getrlimit(RLIMIT_FSIZE)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "update_ema", full_in_step_4)
-        try:
-            sentence = said(lambda: train_here("--steps", 6), capsys)
-        finally:
-            setrlimit(RLIMIT_FSIZE, limits)
-    assert "run/resume.pt: File too large; check its name" in sentence
-    assert checkpoint("run")["step"] == 3 and load_model("run/model.pt")
-    train_here("--steps", 6)
-    train_here("--steps", 6, "--out", "straight")
-    assert torch.equal(flat("run"), flat("straight"))
-    assert contents("run").keys() == contents("straight").keys()

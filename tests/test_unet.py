@@ -91,22 +91,6 @@ def test_the_timestep_embedding_is_its_formula_cosines_first():
         torch.testing.assert_close(row.double(), expected, atol=1e-4, rtol=0)
 
 
-def test_attention_is_a_weighted_mean_over_the_pixels_of_an_image():
-    """The formula once more, one image, head and pixel at a time: softmax(q k / sqrt(d)) v."""
-    attention = SelfAttention(8, heads=2, groups=4).double()
-    torch.nn.init.normal_(attention.out.weight)
-    x = torch.randn(3, 8, 2, 3, dtype=torch.float64)
-    for image, result in zip(x, attention(x), strict=True):
-        pixels = attention.norm(image[None])[0].flatten(1).T  # (6, 8)
-        q, k, v = (linear(pixels) for linear in (attention.q, attention.k, attention.v))
-        seen = torch.zeros(6, 8, dtype=torch.float64)
-        for head in (slice(0, 4), slice(4, 8)):
-            for i in range(6):
-                weights = torch.stack([q[i, head] @ k[j, head] / 2 for j in range(6)]).softmax(0)
-                seen[i, head] = weights @ v[:, head]
-        torch.testing.assert_close(result, image + attention.out(seen).T.reshape(8, 2, 3))
-
-
 def test_at_first_each_block_passes_its_input_on_and_the_network_ignores_it():
     x, t = torch.randn(2, 8, 5, 5), torch.randn(2, 16)
     for block in (ResBlock(8, 8, 16, groups=4), SelfAttention(8, heads=2, groups=4)):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -107,7 +106,7 @@ def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, s
 
     pairs = processes.timestep_pairs(schedule.T, 12)[skip:]
     generator = torch.Generator().manual_seed(0)
-    x0, z, *fresh = (draw(generator) for _ in range(2 + len(pairs)))
+    x0, z, *fresh = (draw(generator) for _ in range(1 + len(pairs)))
     x, _ = processes.add_noise(x0, torch.tensor([pairs[0][0]]), schedule, z)
     generator.manual_seed(0)
     draw(generator), draw(generator)  # those of x0 and z
@@ -170,6 +169,16 @@ def test_what_cannot_be_meant_is_refused():
 
 
 @needs_node
+@pytest.mark.parametrize(("guidance", "calls"), [(0, 1), (1, 1), (1.5, 2)])
+def test_guidance_asks_the_network_no_oftener_than_it_must(guidance, calls):
+    script = """let calls = 0;
+        const network = (x, t, context) => (calls++, x);
+        await s.guided(network, 1, 0, guidance)(new Float32Array(3), 5);
+        print(calls);"""
+    assert node(script, guidance=guidance) == calls
+
+
+@needs_node
 def test_generator_draws_independent_standard_normal_numbers():
     draw = "print([0, 1, 2, 3].map((seed) => [...new s.Generator(seed).randn(50000)]))"
     x = torch.tensor(node(draw))
@@ -203,7 +212,7 @@ def exported():
     if missing("onnx", "onnxscript", "onnxruntime"):
         pytest.skip("needs pip install -r web/requirements.txt")
     result = subprocess.run(
-        [sys.executable, WEB / "export.py"], capture_output=True, text=True, timeout=300
+        [sys.executable, WEB / "export.py"], capture_output=True, text=True, timeout=600
     )
     assert not result.returncode, result.stderr
     return result.stdout
@@ -520,20 +529,21 @@ def test_page_has_no_errors_and_asks_nobody_else(page, address):
 
 @pytest.mark.slow
 def test_first_cat_is_there_in_3_seconds(browser, address, page):
-    """After loading; the best of three tries, as other programs may run."""
-    seconds = []
-    for _ in range(3):
-        fresh = Page(browser, address)
-        fresh.open()
-        fresh.ready()
-        start = time.perf_counter()
-        fresh.wait("document.querySelector('#cats output').textContent === 'step 40 of 40'")
-        seconds.append(time.perf_counter() - start)
-        fresh.page.close()
-        if seconds[-1] < 3:
-            break
-    print("first cat:", seconds)
-    assert min(seconds) < 3
+    """After loading, in seconds of the page's thread: other programs may run meanwhile."""
+    fresh = Page(browser, address)
+    protocol = fresh.page.context.new_cdp_session(fresh.page)
+    protocol.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def seconds():
+        metrics = protocol.send("Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+    fresh.open()
+    fresh.ready()
+    loaded = seconds()
+    fresh.wait("document.querySelector('#cats output').textContent === 'step 40 of 40'")
+    assert 0.2 < seconds() - loaded < 3
+    fresh.page.close()
 
 
 @pytest.mark.slow

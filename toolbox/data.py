@@ -67,7 +67,7 @@ class Data:
 
     @property
     def checksum(self) -> str:
-        """Of the mean colours of a thousand images: another processor's rounding keeps it."""
+        """Of the mean colours of a thousand images: other rounding does not change it."""
         few = torch.linspace(0, len(self.images) - 1, min(1000, len(self.images))).long()
         colours = self.batch(few, torch.zeros(len(few), dtype=torch.bool)).mean((2, 3))
         return f"{zlib.crc32((32 * colours).round().short().numpy().tobytes()):08x}"
@@ -162,7 +162,7 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     def samples() -> Iterator[Sample]:
         if not held_out:
             tqdm.write(printable(found))
-        part = [path for i, path in enumerate(images) if (i % HELD_OUT_EVERY == 15) == held_out]
+        part = [p for i, p in enumerate(images, 1) if (i % HELD_OUT_EVERY == 0) == held_out]
         for path in tqdm(part, desc="reading images", leave=False):
             name, text = sub_folders[path], path.with_suffix(".txt")
             try:

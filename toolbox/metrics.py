@@ -5,14 +5,16 @@ answers. If a cat moves by one pixel, its pixels change a lot and its features l
 uint8 (N, C, H, W), as in Data; "math.md (14)" is an equation of docs/math.md.
 """
 
+import io
 import time
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import jpeg
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from toolbox.data import CACHE, Data, from_uint8, to_uint8
@@ -119,7 +121,7 @@ def train_feature_net(data: Data, steps: int = 600, batch: int | None = None) ->
     Without corruptions the network would look at colours and large shapes alone, since that is all
     it takes to tell the classes. The judge is tested with corruptions of other kinds.
     """
-    batch = batch or max(16, 128 * 32**2 // max(32, data.size) ** 2)  # the larger, the fewer
+    batch = batch or 4 * max(4, 32 * 32**2 // max(32, data.size) ** 2)  # of large images fewer
     labels = data.labels if data.classes else torch.zeros(len(data.images), 1)
     order = labels.unique(dim=0, return_inverse=True)[1].argsort()  # the same labels side by side
     with torch.random.fork_rng():
@@ -154,7 +156,9 @@ def corrupt(image: Tensor, kind: str, other: Tensor) -> Tensor:
     """(C, H, W) -> the same: compressed; a rectangle from elsewhere or `other`; lined; faded."""
     size = image.shape[-1]
     if kind == "jpeg":
-        return from_uint8(jpeg(to_uint8(image), int(torch.randint(30, 80, ()))))
+        file, quality = io.BytesIO(), int(torch.randint(30, 80, ()))
+        to_pil_image(to_uint8(image)).save(file, "JPEG", quality=quality)
+        return from_uint8(pil_to_tensor(Image.open(file)))
     if kind in ("moved", "pasted"):
         height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
         top, left = (torch.randint(size - side + 1, ()) for side in (height, width))

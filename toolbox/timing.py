@@ -29,7 +29,7 @@ def announce(
     preview = preview_calls * median_seconds(run, preview_call, run.precision)
     left = (run.steps - run.step) * seconds[run.precision] + previews * preview
     images, parameters = run.data.images, sum(w.numel() for w in run.network.parameters())
-    timed = ", ".join(f"{precision} {s:.2f} s" for precision, s in seconds.items())
+    timed = ", ".join(f"{name} {s:.2f} s" for name, s in seconds.items() if s < math.inf)
     processes = f" x {PROCESSES} processes" if PROCESSES > 1 else ""
     print(f"data      {run.data.name}: {len(images):,} of {'x'.join(map(str, images.shape[1:]))}")
     print(f"network   {parameters / 1e6:.1f} million parameters")

@@ -50,6 +50,7 @@ async function loadRuntime(kind) {
   const load = (file) => download(file, folders, "go online, or run npm install in web/.");
   const [code, binary] = await Promise.all(files.map(load));
   const ort = await import(URL.createObjectURL(new Blob([code], { type: "text/javascript" })));
+  ort.env.logLevel = "error";
   ort.env.wasm.numThreads = 1; // more would need headers that static hosting does not send
   ort.env.wasm.wasmBinary = binary;
   return ort;
@@ -416,7 +417,7 @@ function setStart(drawn) {
   showStart();
 }
 forms.ask.clear.onclick = () => setStart(start);
-forms.ask.keep.onclick = () => setStart(result);
+forms.ask.keep.onclick = () => setStart(result ?? start);
 forms.ask.onsubmit = ({ submitter }) =>
   run(async (proceed) => {
     const { strength } = read(forms.ask);

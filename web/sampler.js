@@ -4,6 +4,7 @@
 // x.map((x, i) => ...) computes value by value. t is an integer. The model is any function
 // predictNoise(x_t, t) that returns the noise in x_t, or a promise of it.
 // "math.md (4)" is equation 4 of docs/math.md.
+// Left out, as the page has no use for them: noise_from_velocity, order 2 and snr_pairs.
 
 /** How much data is left at each step: x_t = sqrt(alphaBar) x0 + sqrt(1 - alphaBar) noise. */
 export class NoiseSchedule {

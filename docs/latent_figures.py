@@ -1,4 +1,4 @@
-"""The figures of the second evening's README: `python -m latent_ext.figures` draws them.
+"""The figures of the second evening's README: `python -m docs.latent_figures` draws them.
 
 With any model of drawn cats. similarity.png is of `latent_ext.train clip`; digits.png and
 objects.png are of the README's commands.
@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from latent_ext.attention import Attention, SpatialTransformer
-from latent_ext.clip import CLIP, Tokenizer
-from latent_ext.data import unique_captions
 from latent_ext.generate import default_model, load_pipeline
 from latent_ext.pipeline import Pipeline, image_to_image, inpaint, text_to_image
-from toolbox.data import Data, from_uint8, load_data
+from toolbox.data import from_uint8, load_data
 from toolbox.device import pick_device
 from toolbox.files import user_errors
 from toolbox.images import save_plot, to_image
@@ -128,27 +125,6 @@ def show_attention(pipeline: Pipeline, prompt: str, shown: Sequence[str], path: 
         light = F.interpolate(light / light.max(), x.shape[2:])
         row.append(((x + 1) * light - 1)[0])
     panels([row], path, titles=[["the image", *shown]])
-
-
-@torch.no_grad()
-def plot_similarity(network: CLIP, tokenizer: Tokenizer, data: Data, path: Path) -> None:
-    """The cosine of each of ten images with the caption of each: large on the diagonal."""
-    captions, caption_of = unique_captions(data.captions)
-    captions, device = captions[:10], network.logit_scale.device
-    images = torch.stack([data.images[caption_of == i][0] for i in range(len(captions))])
-    images = from_uint8(images).to(device)
-    texts = network.encode_text(tokenizer(captions).to(device))
-    cosines = (texts @ network.encode_image(images).T).cpu().numpy()  # (captions, images)
-    figure, axes = plt.subplots(figsize=(8.5, 5.5), layout="constrained")
-    strip = to_image(torch.cat([*images], dim=2))
-    axes.imshow(strip, extent=(-0.5, len(captions) - 0.5, -0.6, -1.6), cmap="gray")
-    axes.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu", aspect="auto")
-    for (y, x), cosine in np.ndenumerate(cosines):
-        color = "white" if abs(cosine) > 0.7 else "black"
-        axes.text(x, y, f"{cosine:.2f}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(ylim=(len(captions) - 0.5, -1.6), xticks=[])
-    axes.set_yticks(range(len(captions)), captions, fontsize=8)
-    save_plot(figure, path)
 
 
 def panels(rows: Sequence, path: Path, names: Sequence[str] = (), titles: Sequence = ()) -> None:
