@@ -14,7 +14,7 @@ from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
 
-BATCH = 32  # images that go through the network together; on a CPU more would leave its cache
+BATCH = 32  # images that go through the network together; on a CPU more would overflow its cache
 GRID = 1024  # images that fit into one grid
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for few steps")
     add("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     add("--out", default="samples.png", help=".png for a grid, or a folder (default: samples.png)")
-    add("--gif", type=Path, help="also write how the grid comes out of the noise")
+    add("--gif", type=Path, help="also write an animation of the grid")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
 
