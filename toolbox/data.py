@@ -155,8 +155,8 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     sub_folders = {path: path.parts[0] if len(path.parts) > 1 else "" for path in images}
     names = tuple(sorted({*sub_folders.values()}))
     classes = {"class": names} if len(names) > 1 and "" not in names else {}
-    for name in names:
-        if classes and ("," in name or not name.isprintable()):
+    for name in names if classes else ():
+        if "," in name or not name.isprintable():
             raise UserError(f"{folder / name}: a class cannot have this name; rename the folder")
 
     def samples() -> Iterator[Sample]:

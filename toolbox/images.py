@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from processes import NoiseSchedule, add_noise
@@ -26,8 +27,7 @@ def to_image(image: Tensor) -> Image.Image:
     """(C, H, W) in [-1, 1], one channel or three -> an image of Pillow's."""
     if not image.isfinite().all():
         raise UserError("the sampled image has NaN in it: are the model's weights damaged?")
-    pixels = to_uint8(image.cpu()).permute(1, 2, 0)
-    return Image.fromarray((pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).numpy())
+    return to_pil_image(to_uint8(image.cpu()))
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
@@ -48,13 +48,11 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def save_gif(
-    frames: list[Image.Image], path: Path, seconds: float = 4.0, hold: float = 2.0
-) -> None:
-    """The frames play in `seconds`; the last one stays for `hold`; then it starts again."""
-    each = max(20, int(1000 * seconds / len(frames)))  # milliseconds
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """The frames play in 4 seconds; the last one stays for 2 more; then it starts again."""
     first, *rest = (frame.convert("RGB").quantize(128) for frame in frames)
-    options = {"append_images": rest, "duration": [each] * len(rest) + [int(1000 * hold)]}
+    milliseconds = [max(20, 4000 // len(frames))] * len(rest) + [2000]
+    options = {"append_images": rest, "duration": milliseconds}
     with atomic_write(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, loop=0, **options)
 
@@ -67,8 +65,8 @@ def save_plot(figure: plt.Figure, path: Path, dpi: int = 100) -> None:
 
 def plot_training(history: list[tuple[int, float]], levels: dict[int, float], path: Path) -> None:
     """Left: the loss during training, (step, loss). Right, if known: time step -> loss."""
-    figure, axes = plt.subplots(1, 2 if levels else 1, figsize=(10, 3.5), layout="constrained")
-    left, *right = axes.flat if levels else [axes]
+    options = {"figsize": (10, 3.5), "layout": "constrained", "squeeze": False}
+    figure, ((left, *right),) = plt.subplots(1, 2 if levels else 1, **options)
     left.plot(*zip(*history, strict=True))
     left.set(xlabel="training step", ylabel="loss", yscale="log")
     left.grid(alpha=0.3)
@@ -123,10 +121,9 @@ def plot_evaluation(
     panels["copies"].legend()
     columns = min(16, len(samples))
     n = min(64, len(samples) // columns * columns)  # full rows only, so that pairs share a column
-    pairs = zip(samples[:n].split(columns), neighbours[:n].split(columns), strict=True)
-    rows = torch.cat([torch.cat(pair) for pair in pairs])
-    image = to_image(make_grid(rows, nrow=columns, padding=2, pad_value=1.0))
-    panels["images"].imshow(image, cmap="gray")
+    pairs = [x[:n].unflatten(0, (-1, columns)) for x in (samples, neighbours)]
+    image = to_image(make_grid(torch.stack(pairs, dim=1).flatten(0, 2), nrow=columns, pad_value=1))
+    panels["images"].imshow(image)
     panels["images"].set(title="samples, and below each one the nearest training image")
     panels["images"].axis("off")
     save_plot(figure, path, dpi=110)

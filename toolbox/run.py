@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,14 +22,7 @@ from tqdm import tqdm
 
 from toolbox.data import Data
 from toolbox.device import PROCESSES, RANK, all_reduce_mean, tune_malloc
-from toolbox.files import (
-    UserError,
-    atomic_write,
-    check_number,
-    check_writable,
-    lock_folder,
-    remove_leftovers,
-)
+from toolbox.files import UserError, atomic_write, check_number, lock_folder
 from toolbox.models import read, same_network, save_model, write
 
 PREVIEWS = 5  # how often a run shows what it has learned,
@@ -41,6 +35,7 @@ def generator_for(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
 
 
+@dataclass
 class Run:
     """One training in one folder: `for x0 in run.batches(): ...; run.log(loss)`.
 
@@ -49,37 +44,34 @@ class Run:
     for several processes; `network` and `ema` hold the weights.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        network: nn.Module,
-        ema: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        data: Data,
-        config: dict,
-        settings: dict,
-        steps: int,
-        batch: int,
-        seed: int,
-        device: torch.device,
-        precision: str | None = None,
-    ):
-        check_number("--steps", steps, 1)
-        check_number("--batch", batch, 1, 2**20)
-        if batch % PROCESSES:
-            raise UserError(f"--batch {batch}: expected a multiple of {PROCESSES}, the processes")
-        self.folder, self.network, self.ema, self.optimizers = folder, network, ema, optimizers
-        self.data, self.config, self.seed, self.device = data, config, seed, device
-        self.settings = config | settings | {"batch": batch, "seed": seed}
-        self.steps, self.batch, self.shard = steps, batch, batch // PROCESSES
-        self.precision = precision
+    folder: Path
+    network: nn.Module
+    ema: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    data: Data
+    config: dict
+    settings: dict
+    steps: int
+    batch: int
+    seed: int
+    device: torch.device
+    precision: str | None = None
+
+    def __post_init__(self):
+        check_number("--steps", self.steps, 1)
+        check_number("--batch", self.batch, 1, 2**20)
+        if self.batch % PROCESSES:
+            sentence = f"expected a multiple of {PROCESSES}, the processes"
+            raise UserError(f"--batch {self.batch}: {sentence}")
+        self.settings = self.config | self.settings | {"batch": self.batch, "seed": self.seed}
+        self.shard = self.batch // PROCESSES
         self.step = self.saved_step = 0
         self.history: list[tuple[int, float]] = []  # (step, mean loss since the entry before)
         self.recent: list[float] = []
         self.stop_requested = False
         tune_malloc()
         self.resume()
-        self.model = DistributedDataParallel(network) if PROCESSES > 1 else network
+        self.model = DistributedDataParallel(self.network) if PROCESSES > 1 else self.network
 
     def batches(self) -> Iterator[Tensor]:
         """For each step that is left, this process's shard of a batch: (B, C, H, W) in [-1, 1].
@@ -175,8 +167,6 @@ class Run:
             self.check_settings(content)
         if RANK == 0:
             lock_folder(self.folder)
-            check_writable(self.folder / "log.csv")
-            remove_leftovers(self.folder)
         if content is None:
             return
         with same_network(path):
