@@ -56,7 +56,7 @@ def test_it_prints_a_table_and_writes_a_plot(evaluate_here, here):
     number, share = r"-?\d+\.\d+", r" +\d+\.\d %"
     pattern = [
         *[
-            "training a classifier, .*: about .* min",
+            "training a classifier, once for this data",
             "model     new.pt, trained on many: 90 .* 6 held out",
         ],
         *[

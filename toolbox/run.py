@@ -28,6 +28,7 @@ from toolbox.models import read, same_network, save_model, write
 PREVIEWS = 5  # how often a run shows what it has learned,
 MIN_PREVIEW_STEPS = 100  # but not more often than this
 SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
+RESUMED = ("precision", "step", "history", "recent")  # of a Run, besides weights and optimizers
 
 
 def generator_for(seed: int, step: int) -> torch.Generator:
@@ -78,8 +79,8 @@ class Run:
 
         The images are drawn at random, and half of them flipped if the data allows it.
         """
-        signals = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, self.request_stop) for number in signals}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = [(n, signal.signal(n, self.request_stop)) for n in numbers]
         self.saved_at = time.monotonic()
         total, done = self.steps * self.batch, self.step * self.batch
         self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=RANK > 0)
@@ -92,7 +93,7 @@ class Run:
                 yield x0.to(self.device)
         finally:
             self.bar.close()
-            for number, handler in handlers.items():
+            for number, handler in handlers:
                 signal.signal(number, handler)
         if self.step > self.saved_step:
             self.save()
@@ -143,19 +144,12 @@ class Run:
         if RANK > 0:
             return
         save_model(self.folder / "model.pt", self.ema, self.config)
+        lines = ["step,loss\n", *(f"{step},{loss:.6f}\n" for step, loss in self.history)]
         with atomic_write(self.folder / "log.csv") as temporary:
-            lines = [f"{step},{loss:.6f}\n" for step, loss in self.history]
-            temporary.write_text("step,loss\n" + "".join(lines))
-        content = {
-            "settings": self.settings,
-            "precision": self.precision,
-            "step": self.step,
-            "history": self.history,
-            "recent": self.recent,
-            "network": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
+            temporary.write_text("".join(lines))
+        content = {name: getattr(self, name) for name in ("settings", *RESUMED)}
+        content |= {"network": self.network.state_dict(), "ema": self.ema.state_dict()}
+        content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write(self.folder / "resume.pt", content)  # last: once it is there, all is there
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
@@ -174,9 +168,8 @@ class Run:
             self.ema.load_state_dict(content["ema"])
             for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        self.precision = content["precision"]
-        self.history, self.recent = content["history"], content["recent"]
-        self.step = self.saved_step = content["step"]
+        vars(self).update({name: content[name] for name in RESUMED})
+        self.saved_step = self.step
 
     def check_settings(self, content: object) -> None:
         advice = "use another --out for a new run"
@@ -186,10 +179,9 @@ class Run:
         now = self.settings | {"precision": self.precision or before["precision"]}
         for name in before | now:
             if before.get(name) != now.get(name):
-                raise UserError(
-                    f"{self.folder} holds a run with {name} = {before.get(name)}, and now it is "
-                    f"{now.get(name)}: {advice}, or the same settings to resume that one"
-                )
+                both = f"{name} = {before.get(name)}, and now it is {now.get(name)}"
+                advice += ", or the same settings to resume that one"
+                raise UserError(f"{self.folder} holds a run with {both}: {advice}")
 
     def request_stop(self, *_: object) -> None:
         self.stop_requested = True
