@@ -1,7 +1,6 @@
 """Image files: single images, grids, GIFs, and the plots of a training."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -12,13 +11,14 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from processes import NoiseSchedule, add_noise
+from processes import Network, NoiseSchedule, add_noise
 from toolbox.data import to_uint8
 from toolbox.files import UserError, atomic_write
 
 matplotlib.use("Agg")  # draw into files, no window
 import matplotlib.pyplot as plt
 
+Levels = dict[int, float]  # time step -> loss
 MIN_PIXELS = 96  # images of a grid are enlarged to at least this size, by a whole number
 LOWEST_LOSS = 1e-4  # on plots: in pure noise there is nothing to predict, and the loss falls to 0
 
@@ -63,8 +63,8 @@ def save_plot(figure: plt.Figure, path: Path, dpi: int = 100) -> None:
     plt.close(figure)
 
 
-def plot_training(history: list[tuple[int, float]], levels: dict[int, float], path: Path) -> None:
-    """Left: the loss during training, (step, loss). Right, if known: time step -> loss."""
+def plot_training(history: list[tuple[int, float]], levels: Levels, path: Path) -> None:
+    """Left: the loss during training, (step, loss). Right, if known: that by noise level."""
     options = {"figsize": (10, 3.5), "layout": "constrained", "squeeze": False}
     figure, ((left, *right),) = plt.subplots(1, 2 if levels else 1, **options)
     left.plot(*zip(*history, strict=True))
@@ -75,7 +75,7 @@ def plot_training(history: list[tuple[int, float]], levels: dict[int, float], pa
     save_plot(figure, path)
 
 
-def plot_levels(axes: plt.Axes, curves: dict[str, dict[int, float]], title: str) -> None:
+def plot_levels(axes: plt.Axes, curves: dict[str, Levels], title: str) -> None:
     for name, levels in curves.items():
         axes.plot(list(levels), list(levels.values()), marker="o", markersize=3, label=name)
     axes.set(xlabel="time step t (0: clean, T: pure noise)", yscale="log", title=title)
@@ -85,12 +85,7 @@ def plot_levels(axes: plt.Axes, curves: dict[str, dict[int, float]], title: str)
 
 
 @torch.no_grad()
-def loss_by_level(
-    predict_noise: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    schedule: NoiseSchedule,
-    levels: int = 10,
-) -> dict[int, float]:
+def loss_by_level(predict_noise: Network, x0: Tensor, schedule: NoiseSchedule, levels=10) -> Levels:
     """Mean squared error at `levels` time steps; every call uses the same noise."""
     result, generator = {}, torch.Generator().manual_seed(0)
     for level in torch.linspace(0, schedule.T - 1, levels).long().tolist():
@@ -102,7 +97,7 @@ def loss_by_level(
 
 
 def plot_evaluation(
-    levels: dict[str, dict[int, float]],
+    levels: dict[str, Levels],
     samples: Tensor,
     neighbours: Tensor,
     distances: dict[str, Tensor],
@@ -115,9 +110,8 @@ def plot_evaluation(
     plot_levels(panels["loss"], levels, "mean squared error, held-out images")
     for name, distance in distances.items():
         panels["copies"].hist(distance.numpy(), bins=25, alpha=0.5, density=True, label=name)
-    panels["copies"].set(
-        xlabel="RMS difference, of 255", yticks=[], title="distance to the nearest training image"
-    )
+    panels["copies"].set(title="distance to the nearest training image", yticks=[])
+    panels["copies"].set_xlabel("RMS difference, of 255")
     panels["copies"].legend()
     columns = min(16, len(samples))
     n = min(64, len(samples) // columns * columns)  # full rows only, so that pairs share a column
