@@ -17,16 +17,8 @@ from torch import Tensor, nn
 from latent_ext.clip import TextEncoder, Tokenizer
 from latent_ext.guidance import ClassUNet, guided, parse_labels
 from latent_ext.vae import VAE
-from processes import (
-    Generators,
-    Network,
-    NoiseSchedule,
-    add_noise,
-    noise_from_v,
-    randn_like,
-    sample,
-    timestep_pairs,
-)
+from processes import Generators, Network, NoiseSchedule, add_noise, noise_from_v
+from processes import randn_like, sample, timestep_pairs
 from toolbox.files import check_number
 from toolbox.models import predict_noise_of
 from unet import UNet
@@ -107,29 +99,17 @@ def text_to_image(
     pipeline: Pipeline,
     prompts: Sequence[str],
     *,
-    negative: str = "",
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    eta: float = 0.0,
     size: int | None = None,
+    steps: int = 50,
     generator: Generators | None = None,
-    on_step: OnStep | None = None,
-    predict_noise: Network | None = None,
+    **options: object,
 ) -> Tensor:
-    """negative: what no image must show. predict_noise(z_t, t, context): in place of its own."""
-    context = pipeline.encode_prompts(prompts)  # (B, length, width)
-    null_context = pipeline.encode_prompts([negative])  # (1, length, width)
-    predict_noise = predict_noise or pipeline.predict_noise
-    predict_noise = guided(predict_noise, context, null_context, guidance_scale)
-
-    side = (size or pipeline.size) // pipeline.downsampling
+    """size: of the images in pixels. options: of `denoise`."""
+    weight, side = pipeline.weight, (size or pipeline.size) // pipeline.downsampling
     shape = len(prompts), pipeline.unet.config["out_channels"], side, side
-    dtype = torch.promote_types(context.dtype, torch.float32)
-    z = randn_like(torch.empty(shape, dtype=dtype, device=context.device), generator)
-
-    timesteps = pipeline.timesteps(steps)
-    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": on_step}
-    z0 = sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    z = randn_like(torch.empty(shape, dtype=dtype, device=weight.device), generator)
+    z0 = denoise(pipeline, prompts, z, pipeline.timesteps(steps), generator, **options)
     return pipeline.decode(z0)
 
 
@@ -140,24 +120,15 @@ def image_to_image(
     images: Tensor,
     *,
     strength: float = 0.75,
-    negative: str = "",
     steps: int = 50,
-    guidance_scale: float = 7.5,
-    eta: float = 0.0,
     generator: Generators | None = None,
-    on_step: OnStep | None = None,
+    **options: object,
 ) -> Tensor:
     """The images, redrawn as far as strength says: 0 keeps them, 1 forgets them."""
-    context = pipeline.encode_prompts(prompts)
-    null_context = pipeline.encode_prompts([negative])
-    predict_noise = guided(pipeline.predict_noise, context, null_context, guidance_scale)
-
     timesteps = pipeline.timesteps(steps, strength)
-    z0 = pipeline.encode(images.to(context.device), generator)
+    z0 = pipeline.encode(images.to(pipeline.weight.device), generator)
     z = first_latents(z0, randn_like(z0, generator), timesteps, strength, pipeline.schedule)
-
-    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": on_step}
-    z0 = sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
+    z0 = denoise(pipeline, prompts, z, timesteps, generator, **options)
     return pipeline.decode(z0)
 
 
@@ -169,19 +140,14 @@ def inpaint(
     masks: Tensor,
     *,
     strength: float = 1.0,
-    negative: str = "",
     steps: int = 50,
-    guidance_scale: float = 7.5,
-    eta: float = 0.0,
     generator: Generators | None = None,
     on_step: OnStep | None = None,
+    **options: object,
 ) -> Tensor:
     """image_to_image where the masks (B, 1, H, W) are 1, white; elsewhere every pixel is kept."""
-    context = pipeline.encode_prompts(prompts)
-    null_context = pipeline.encode_prompts([negative])
-
-    timesteps = pipeline.timesteps(steps, strength)
-    images, white = images.to(context.device), masks.to(context.device) >= 0.5
+    timesteps, device = pipeline.timesteps(steps, strength), pipeline.weight.device
+    images, white = images.to(device), masks.to(device) >= 0.5
     z0 = pipeline.encode(images, generator)
     latent_mask = white[:, :, :: pipeline.downsampling, :: pipeline.downsampling]  # (B, 1, h, w)
     keep = ~latent_mask
@@ -189,7 +155,6 @@ def inpaint(
         around = pipeline.encode(images * ~white, generator)
         unet = concat_channels(pipeline.unet, torch.cat([latent_mask, around], dim=1))
         pipeline, keep = replace(pipeline, unet=unet), torch.zeros_like(keep)
-    predict_noise = guided(pipeline.predict_noise, context, null_context, guidance_scale)
     noise = randn_like(z0, generator)
     z = first_latents(z0, noise, timesteps, strength, pipeline.schedule)
 
@@ -200,9 +165,33 @@ def inpaint(
         z = torch.where(keep, known, z)
         return z if on_step is None else on_step(z, t_prev, x0)
 
-    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": keep_known}
-    z = sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
-    return torch.where(white, pipeline.decode(z), images)
+    z0 = denoise(pipeline, prompts, z, timesteps, generator, on_step=keep_known, **options)
+    return torch.where(white, pipeline.decode(z0), images)
+
+
+def denoise(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    z: Tensor,
+    timesteps: list[tuple[int, int]],
+    generator: Generators | None,
+    *,
+    negative: str = "",
+    guidance_scale: float = 7.5,
+    eta: float = 0.0,
+    on_step: OnStep | None = None,
+    predict_noise: Network | None = None,
+) -> Tensor:
+    """What the three have in common: z (B, c, h, w) -> z0, guided by the prompts.
+
+    negative: what no image must show. predict_noise(z_t, t, context): in place of the pipeline's.
+    """
+    context = pipeline.encode_prompts(prompts)  # (B, length, width)
+    null_context = pipeline.encode_prompts([negative])  # (1, length, width)
+    predict_noise = predict_noise or pipeline.predict_noise
+    predict_noise = guided(predict_noise, context, null_context, guidance_scale)
+    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": on_step}
+    return sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
 
 
 def noised(z0: Tensor, t: int, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
