@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from latent_ext.clip import TextEncoder, Tokenizer
 from latent_ext.guidance import ClassUNet, guided, parse_labels
 from latent_ext.vae import VAE
-from processes import Generators, Network, NoiseSchedule, add_noise, noise_from_v
-from processes import randn_like, sample, timestep_pairs
+from processes import (
+    Generators,
+    Network,
+    NoiseSchedule,
+    add_noise,
+    noise_from_v,
+    randn_like,
+    sample,
+    timestep_pairs,
+)
 from toolbox.files import check_number
 from toolbox.models import predict_noise_of
 from unet import UNet
@@ -31,7 +39,7 @@ class Pipeline:
     """The networks, and how the U-Net was trained."""
 
     unet: UNet
-    vae: VAE | None
+    vae: VAE | None  # None: z is the image itself
     text_encoder: TextEncoder | nn.Module
     tokenizer: Tokenizer | None
     schedule: NoiseSchedule
@@ -43,11 +51,11 @@ class Pipeline:
 
     @property
     def downsampling(self) -> int:
-        return self.vae.downsampling
+        return self.vae.downsampling if self.vae else 1
 
     @property
     def image_channels(self) -> int:
-        return self.vae.config["in_channels"]
+        return (self.vae or self.unet).config["in_channels"]
 
     @property
     def weight(self) -> Tensor:
@@ -93,6 +101,15 @@ class Pipeline:
             pairs = list(zip(t, [*t[1:], 0], strict=True))
         return pairs[steps - int(steps * strength) :]
 
+    def noised(self, z0: Tensor, t: int, noise: Tensor) -> Tensor:
+        return add_noise(z0, torch.tensor([t], device=z0.device), self.schedule, noise)[0]
+
+    def start(self, z0: Tensor, noise: Tensor, timesteps: list, strength: float) -> Tensor:
+        """Where the loop starts: at z0 noised to the first time step, if any are left."""
+        if strength == 1:
+            return noise  # Stable Diffusion's first time step would leave a trace of z0
+        return self.noised(z0, timesteps[0][0], noise) if timesteps else z0
+
 
 @torch.no_grad()
 def text_to_image(
@@ -127,7 +144,7 @@ def image_to_image(
     """The images, redrawn as far as strength says: 0 keeps them, 1 forgets them."""
     timesteps = pipeline.timesteps(steps, strength)
     z0 = pipeline.encode(images.to(pipeline.weight.device), generator)
-    z = first_latents(z0, randn_like(z0, generator), timesteps, strength, pipeline.schedule)
+    z = pipeline.start(z0, randn_like(z0, generator), timesteps, strength)
     z0 = denoise(pipeline, prompts, z, timesteps, generator, **options)
     return pipeline.decode(z0)
 
@@ -156,12 +173,12 @@ def inpaint(
         unet = concat_channels(pipeline.unet, torch.cat([latent_mask, around], dim=1))
         pipeline, keep = replace(pipeline, unet=unet), torch.zeros_like(keep)
     noise = randn_like(z0, generator)
-    z = first_latents(z0, noise, timesteps, strength, pipeline.schedule)
+    z = pipeline.start(z0, noise, timesteps, strength)
 
     def keep_known(z: Tensor, t_prev: int, x0: Tensor) -> Tensor:
         """Put z0 back, with the noise that the U-Net expects at t_prev; in the end without."""
         last = t_prev == timesteps[-1][1]
-        known = z0 if last else noised(z0, t_prev, noise, pipeline.schedule)
+        known = z0 if last else pipeline.noised(z0, t_prev, noise)
         z = torch.where(keep, known, z)
         return z if on_step is None else on_step(z, t_prev, x0)
 
@@ -194,19 +211,6 @@ def denoise(
     return sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
 
 
-def noised(z0: Tensor, t: int, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
-    return add_noise(z0, torch.tensor([t], device=z0.device), schedule, noise)[0]
-
-
-def first_latents(
-    z0: Tensor, noise: Tensor, timesteps: list, strength: float, schedule: NoiseSchedule
-) -> Tensor:
-    """Where the loop starts: at z0 noised to the first time step, if any are left."""
-    if strength == 1:
-        return noise  # Stable Diffusion's first time step would leave a trace of z0
-    return noised(z0, timesteps[0][0], noise, schedule) if timesteps else z0
-
-
 def concat_channels(unet: UNet, extra: Tensor) -> Network:
     """A U-Net that sees `extra` (B, c, h, w), too, with each of guidance's copies of z_t."""
 
@@ -221,16 +225,11 @@ class ClassPipeline(Pipeline):
     """A class-conditional model of pixels: prompts name classes, and z is the image itself."""
 
     clip_x0 = True  # pixels lie in [-1, 1]
-    downsampling = 1
 
     def __init__(self, network: ClassUNet, schedule: NoiseSchedule, config: dict):
         super().__init__(network.unet, None, network.label_embedding, None, schedule)
         self.classes, self.size, self.spacing = network.classes, config["size"], "trailing"
         self.predict_noise = predict_noise_of(network.unet, schedule, config)
-
-    @property
-    def image_channels(self) -> int:
-        return self.unet.config["in_channels"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         labels = torch.tensor([parse_labels(prompt, self.classes) for prompt in prompts])
