@@ -78,12 +78,12 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
     name = f"{part}/config.json"
     if path.is_dir():
         layout, file, source = DIFFUSERS, weights_file(path / part), path / name
-        tensors, entries = modern_names(read_tensors(file)), read_entries(path, name)
+        tensors, entries = modern_names(read_tensors(file)), read_entries(source, name)
     else:
         layout, file, source = COMPVIS, path, path
         tensors = modern_names(read_tensors(file), PREFIX[part])
-        entries = V1_5[name] | read_sizes(part, tensors, path)
-    config = our_config(make, name, entries, source)
+        entries = check_entries(name, read_sizes(part, tensors, path), path)
+    config = our_config(make, entries, source)
     with torch.device("meta"):  # shapes only: the weights are those of the file
         network = make(**config)
     load_weights(part, network, tensors, layout, file)
@@ -175,25 +175,26 @@ def is_whole(w: Tensor) -> bool:
 # Reading configurations.
 
 
-def read_entries(folder: Path, name: str) -> dict:
-    """Of one of the JSON files; v1.5's entries where it is silent."""
-    with system_errors(folder / name):
-        content = (folder / name).read_bytes()
+def read_entries(file: Path, name: str) -> dict:
+    """Of one of the JSON files of a folder."""
+    with system_errors(file):
+        content = file.read_bytes()
     try:
-        given = json.loads(content)
-        return {key: given.get(key, usual) for key, usual in V1_5[name].items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / name}: expected a JSON object; this one is damaged") from error
+        return check_entries(name, {} | json.loads(content), file)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: expected a JSON object; this one is damaged") from error
 
 
-def check_entries(name: str, entries: dict, path: Path) -> None:
-    """Asked before anything is built."""
+def check_entries(name: str, given: dict, path: Path) -> dict:
+    """These entries of a JSON file, and v1.5's where they are silent, before anything is built."""
+    entries = {key: given.get(key, usual) for key, usual in V1_5[name].items()}
     for key, usual in V1_5[name].items():
         value = entries[key]
         if key in REQUIRED and value != usual:
             raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {value!r:.60}")
         if key in CONFIG_KEYS and not is_plausible(value, usual):
             raise UserError(f"{path}: expected {key} to be like {usual}, got {value!r:.60}")
+    return entries
 
 
 def is_plausible(value: object, usual: object) -> bool:
@@ -238,9 +239,8 @@ def read_sizes(part: str, tensors: dict[str, Tensor], path: Path) -> dict:
     }
 
 
-def our_config(make: Callable[..., nn.Module], name: str, entries: dict, path: Path) -> dict:
+def our_config(make: Callable[..., nn.Module], entries: dict, path: Path) -> dict:
     """The arguments of `make`, checked: groups and heads show in the shape of no weight."""
-    check_entries(name, entries, path)
     ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
     config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
     channels = config.get("channels") or [config["width"]]
@@ -258,15 +258,15 @@ def our_config(make: Callable[..., nn.Module], name: str, entries: dict, path: P
 
 def read_settings(path: Path, downsampling: int) -> dict:
     """How the U-Net was trained. As v1.5 where a file is silent, or not there."""
-    file, unet = "scheduler/scheduler_config.json", "unet/config.json"
-    entries = read_entries(path, file) if (path / file).exists() else V1_5[file]
-    check_entries(file, entries, path / file)
-    size = (read_entries(path, unet) if path.is_dir() else V1_5[unet])["sample_size"]
+    scheduler, unet = "scheduler/scheduler_config.json", "unet/config.json"
+    file = path / scheduler
+    entries = read_entries(file, scheduler) if file.exists() else V1_5[scheduler]
+    size = (read_entries(path / unet, unet) if path.is_dir() else V1_5[unet])["sample_size"]
     names = [name for name, ours in SCHEDULES.items() if entries | ours == entries]
     prediction, spacing = entries["prediction_type"], entries["timestep_spacing"]
     if not names or prediction not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"{path / file}: expected the prediction_type epsilon or v_prediction, and a "
+            f"{file}: expected the prediction_type epsilon or v_prediction, and a "
             f"beta_schedule of {[*SCHEDULES.values()]}"
         )
     return {
