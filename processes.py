@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Network = Callable[..., Tensor]  # (x_t, t, *context) -> noise, or what predicts it
+Network = Callable[..., Tensor]  # (x_t, t, *context) -> noise, v, or the velocity u
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each image of a batch
 
 
@@ -57,7 +57,7 @@ class NoiseSchedule:
 
     @classmethod
     def sigmoid(cls, T: int = 1000) -> "NoiseSchedule":
-        """Jabri et al. 2022, fig. 8: a logistic curve from 3 to -3, rescaled to run from 1 to 0."""
+        """Jabri et al. 2022, fig. 8: the sigmoid of 3 .. -3, rescaled to run from 1 to 0."""
         curve = torch.sigmoid(torch.linspace(3, -3, T + 1, dtype=torch.float64))
         return cls.from_alpha_bar("sigmoid", ((curve - curve[-1]) / (curve[0] - curve[-1]))[1:])
 
@@ -121,7 +121,8 @@ def noise_from_velocity(network: Network, schedule: NoiseSchedule) -> Network:
 #   DDPM    steps=1000  eta=1   every step of the chain, fresh noise after each   (Ho et al. 2020)
 #   fast    steps=40    eta=1   the same with longer strides: the default
 #   DDIM    steps=40    eta=0   no fresh noise: x0 is a function of x_T        (Song et al. 2021)
-#   2M      timesteps=snr_pairs(schedule, 10), order=2: DPM-Solver++ (2M)        (Lu et al. 2022)
+#   2M      timesteps=snr_pairs(schedule, 10), order=2, eta=0: DPM-Solver++ (Lu et al. 2022);
+#           with eta=1 its stochastic variant
 #   edit    timesteps=[(599, 579), ..., (19, -1)], x=x_t at t=599: image-to-image
 @torch.no_grad()
 def sample(
@@ -146,7 +147,7 @@ def sample(
     if not 0 <= eta <= 1:
         raise ValueError(f"expected an eta from 0 (DDIM, no fresh noise) to 1 (DDPM), got {eta}")
     alpha_bar = [*schedule.alpha_bar.tolist(), 1.0]  # the last one is alpha_bar[-1]: clean
-    log_snr = schedule.alpha_bar.double().logit().tolist()  # log(alpha_bar / (1 - alpha_bar))
+    log_snr = schedule.alpha_bar.double().logit().tolist()  # log(signal / noise)
     earlier = None  # the estimate of x0 and the log-SNR of the step before
     for t, t_prev in timestep_pairs(schedule.T, steps) if timesteps is None else timesteps:
         if not -1 <= t_prev < t < schedule.T:
@@ -183,7 +184,7 @@ def timestep_pairs(T: int, steps: int) -> list[tuple[int, int]]:
 
 
 def snr_pairs(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int]]:
-    """`steps` pairs, or a few less, whose strides are even in log(SNR) from -10 on."""
+    """`steps` pairs, or a few fewer, whose strides are even in log(SNR) from -10 on."""
     log_snr = schedule.alpha_bar.double().logit()
     wanted = torch.linspace(max(-10.0, log_snr[-1].item()), log_snr[0].item(), steps + 1)[1:-1]
     nearest = (log_snr[:, None] - wanted).abs().argmin(dim=0)

@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from processes import snr_pairs
 from toolbox.device import pick_device
-from toolbox.files import UserError, check_number, check_writable, user_errors
+from toolbox.files import UserError, check_number, check_writable, printable, user_errors
 from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
 
-BATCH = 32  # images that go through the network together; on a CPU more would leave its cache
+BATCH = 32  # images that go through the network together; on a CPU more would overflow its cache
 GRID = 1024  # images that fit into one grid
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for few steps")
     add("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     add("--out", default="samples.png", help=".png for a grid, or a folder (default: samples.png)")
-    add("--gif", type=Path, help="also write how the grid comes out of the noise")
+    add("--gif", type=Path, help="also write an animation of the grid")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
 
@@ -48,7 +48,8 @@ def main() -> None:
         check_writable(args.gif)
 
     size, shape = config["size"], (config["channels"], config["size"], config["size"])
-    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {config['data']}")
+    data = printable(config["data"])
+    print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {data}")
     pairs = snr_pairs(schedule, args.steps) if args.order == 2 else None
     calls = len(pairs) if pairs else args.steps
     seeds = range(args.seed, args.seed + args.n)

@@ -39,7 +39,7 @@ def main() -> None:
     add("--steps", type=int, default=3700, help="in total; more continue a run (default: 3700)")
     add("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
     add("--batch", type=int, default=16, help="images in a step (default: 16)")
-    add("--schedule", default="sigmoid", choices=SCHEDULES, help="of the noise (default: sigmoid)")
+    add("--schedule", default="sigmoid", choices=SCHEDULES, help="default: sigmoid, or --model's")
     add("--seed", type=int, default=0, help="of all that is random (default: 0)")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
@@ -54,14 +54,16 @@ def main() -> None:
     with first_process_first():
         data = load_data(args.data, args.size)
     if not args.model:
-        schedule, prediction = SCHEDULES[args.schedule](), "v"
+        schedule = SCHEDULES[args.schedule]()
+        prediction = "velocity" if args.schedule == "flow" else "v"
         network = UNet(data.channels, data.channels, **(LARGE if data.size >= 64 else {}))
     elif old["channels"] != data.channels:
         raise UserError(
             f"--model {args.model}: expected data of {old['channels']} channels, got "
             f"{data.channels}; train without --model, or with a model of such images"
         )
-    config = model_config(network, schedule, data.size, data.name, prediction)
+    checksum = {"data_checksum": data.checksum}  # evaluate.py notices other images
+    config = model_config(network, schedule, data.size, data.name, prediction, **checksum)
     example = torch.zeros(1, *data.images.shape[1:]), torch.zeros(1, dtype=torch.long)
     folder, settings = args.out or Path("runs") / data.name, {"model": args.model}
     run = start_run(args, folder, network, data, config, example, settings)
@@ -82,7 +84,7 @@ def main() -> None:
 
 
 def make_optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and convolution kernels, AdamW for biases and norms."""
+    """Muon (toolbox/muon.py) for matrices and kernels, AdamW for biases and norms."""
     matrices = [w for w in network.parameters() if w.ndim > 1]
     vectors = [w for w in network.parameters() if w.ndim < 2]
     fused = vectors[0].device.type in ("cpu", "cuda")
@@ -126,7 +128,7 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """In bfloat16 convolutions and products are computed with 8 bits; weights stay float32."""
+    """In bfloat16 convolutions and products have 8 significant bits; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
@@ -161,7 +163,7 @@ def start_run(
     def step(precision: str) -> None:
         with autocast(run.device, precision):
             outputs = network(*(x.expand(run.shard, *x.shape[1:]).to(run.device) for x in example))
-        loss = sum(y.float().square().mean() for y in outputs)
+        loss = sum(y.float().square().mean() for y in outputs)  # only its time counts
         gradient_step(loss, network, ema, optimizers, 0, run.steps)
 
     @torch.no_grad()

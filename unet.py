@@ -78,7 +78,7 @@ class SelfAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, 2 h, 2 w), or (B, C, height, width): 7 pixels were halved to 4."""
+    """(B, C, h, w) -> (B, C, 2 h, 2 w), or cropped to (B, C, height, width): 7 halve to 4."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -105,9 +105,10 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """x_t (B, in_channels, H, W), t (B,) -> noise, or v: (B, out_channels, H, W).
 
-    channels: of each level, half as high and wide as the one before. attention_levels: a flag for
-    each; the middle always has attention. attention_block: makes a module of (channels, heads,
-    groups). groups = 1, because many groups discard the mean colour (docs/results.md).
+    channels: one number per level; each level is half as high and wide as the one before.
+    attention_levels: one flag per level; the middle always has attention. attention_block: a
+    callable (channels, heads, groups) -> module. groups = 1, because many groups discard the mean
+    colour (docs/history.md).
     """
 
     def __init__(
@@ -180,5 +181,5 @@ class UNet(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, t_emb, context, size=skips[-1].shape[2:] if skips else ())
         x = F.silu(self.norm_out(x))
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16's 8 bits are too coarse here
+        with torch.autocast(x.device.type, enabled=False):  # 8 significant bits are too coarse
             return self.conv_out(x.to(self.conv_out.weight.dtype))

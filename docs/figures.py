@@ -450,7 +450,7 @@ def tasks() -> plt.Figure:
     arrow(axes, (3.25, 0.85), (3.25, 0.35), (7.55, 0.35), (7.55, 0.85), colour=ORANGE)
     write(axes, 5.3, 0.5, "$z_0$, known outside the mask", color=ORANGE)
     box(axes, 7.55, 1.3, 2.3, 0.9, "sample: 50 steps,\neach puts $z_0$ back", ORANGE)
-    write(axes, 9.95, 0.5, "then: known pixels put back", color=ORANGE)
+    write(axes, 9.95, 0.5, "known pixels are kept", color=ORANGE)
     return figure
 
 

@@ -17,11 +17,11 @@ from toolbox.files import UserError, check_number, user_errors
 # What is left blank, and a test that it must then pass: tests/test_FILE.py::test_NAME.
 TABLE = """
 processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_diffusers_and_their_papers
-processes.py:add_noise               processes::add_noise_is_what_many_small_steps_do
+processes.py:add_noise               math::add_noise_is_what_many_small_steps_do
 processes.py:sample                  math::a_step_at_eta_1_is_the_posterior
 processes.py:noise_from_velocity   processes::the_right_v_and_the_right_velocity_are_the_right_noise
 unet.py:timestep_embedding           unet::the_timestep_embedding_is_its_formula_cosines_first
-unet.py:SelfAttention.forward        unet::attention_is_a_weighted_mean_over_the_pixels_of_an_image
+unet.py:SelfAttention.forward        unet::equals_diffusers
 train.py:update_ema   train::a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema
 latent_ext/guidance.py:guided        math::guidance_follows_the_slope_of_a_sharpened_density
 latent_ext/vae.py:kl_divergence      math::the_bound_of_an_autoencoder_is_tight_where_it_can_be

@@ -1,4 +1,4 @@
-"""Diffusion in the plane: `python docs/plane.py` learns two moons and draws docs/plane.png.
+"""Diffusion in the plane: `python -m docs.plane` learns two moons and draws docs/plane.png.
 
 It uses the repository's own add_noise, sample and guided, on points (B, 2) instead of images.
 """

@@ -236,7 +236,7 @@ class ClassPipeline(Pipeline):
         return self.text_encoder(labels.to(self.weight.device))
 
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
-        randn_like(images, generator)  # dropped: seeds keep the images of earlier versions
+        randn_like(images, generator)  # unused: a seed then draws what it always drew
         return images
 
     def decode(self, z0: Tensor) -> Tensor:

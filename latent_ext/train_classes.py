@@ -70,7 +70,7 @@ def log_samples(
 ) -> None:
     """What the EMA makes of the conditions of 36 images, and its loss by noise level on them.
 
-    decode: of latents, which have no known range.
+    decode: for latents, whose x0 is not clipped, as they have no known range.
     """
     shape, indices = run.data.images.shape[1:], preview_indices(run.data)
     x0 = run.data.batch(indices, torch.zeros(len(indices), dtype=torch.bool)).to(run.device)

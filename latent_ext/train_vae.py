@@ -29,7 +29,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
     network = VAE(data.channels, channels=CHANNELS)
     side = data.size // network.downsampling
     z = torch.zeros(1, network.config["latent_channels"], side, side)
-    example, config = (torch.zeros(1, *data.images.shape[1:]), z), {"network": network.config}
+    example = torch.zeros(1, *data.images.shape[1:]), z
+    config = {"network": network.config}
     held_out = load_data(args.data, data.size, held_out=True)
     folder = args.out / "training" / "vae"
     run = start_run(args, folder, network, data, config, example, preview_calls=PREVIEW_CALLS)

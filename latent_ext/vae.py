@@ -109,7 +109,7 @@ class VAE(nn.Module):
         shape = channels, num_res_blocks, groups
         self.encoder = Encoder(in_channels, 2 * latent_channels, *shape)
         self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        nn.init.constant_(self.quant.bias[latent_channels:], -6.0)  # little noise: first copy
+        nn.init.constant_(self.quant.bias[latent_channels:], -6.0)  # little noise at first
         self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(latent_channels, in_channels, *shape)
 

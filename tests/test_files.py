@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 from toolbox.files import (
     UserError,
@@ -93,3 +94,23 @@ def test_a_folder_belongs_to_a_living_process_and_leftovers_of_dead_ones_are_rem
     assert sorted(path.name for path in (here / "run").iterdir()) == names[:3]
     with pytest.raises(UserError, match=r"lock: .*check its name"):
         lock_folder(lock)
+
+
+def test_a_reader_that_leaves_ends_nothing(here):
+    """As in `python train.py 2>&1 | head -1`."""
+    program = """
+import sys
+from toolbox.files import user_errors
+with user_errors():
+    for i in range(3):
+        print("line", i, flush=True)
+        print("bar", i, file=sys.stderr, flush=True)
+    open("done", "w").close()
+"""
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", program]
+    result = subprocess.run(words, stdout=write, stderr=write, env=environment, timeout=60)
+    os.close(write)
+    assert result.returncode == 0 and (here / "done").exists()

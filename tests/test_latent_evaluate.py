@@ -101,12 +101,9 @@ def test_each_guidance_scale_draws_the_same_prompts_and_seeds(tmp_path, monkeypa
         ("--n 3", "--n 3: expected 4 or more"),
         ("--guidance nan", "--guidance nan: expected 0"),
         ("--steps 1001", "1001"),
-        ("--data photos", "expected classes"),
     ],
 )
-def test_bad_input_is_refused_in_one_sentence(photos, monkeypatch, capsys, words, sentence):
-    for i in range(13, 17):
-        (photos / f"{i}.png").write_bytes((photos / "0.png").read_bytes())
+def test_bad_input_is_refused_in_one_sentence(monkeypatch, capsys, words, sentence):
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", "latent-cats", *words.split()])
     assert sentence in said(latent_ext.evaluate.main, capsys)
 

@@ -9,11 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, checkpoint, flat, said
+from torch.distributions import Normal, kl_divergence
 
 import latent_ext.train
 import toolbox.data
 from latent_ext import train_classes, train_clip, train_unet, train_vae
-from latent_ext.data import caption_variants, encode_data, held_out_combination, preview_indices
+from latent_ext.data import (
+    caption_variants,
+    encode_data,
+    held_out_combination,
+    preview_indices,
+    select,
+)
 from latent_ext.generate import load_pipeline
 from latent_ext.pipeline import text_to_image
 from latent_ext.train_clip import retrieval_accuracy
@@ -142,6 +149,8 @@ def test_train_all_makes_a_folder_that_draws_and_is_then_finished(main, monkeypa
     assert Path("out/training/unet/samples-000002.png").exists()
     images = text_to_image(pipeline, ["an orange cat"], generator=generators([0]), steps=2)
     assert images.shape == (1, 3, 16, 16)
+    scaling_factor = encode_data(pipeline.vae, load_data("photos", 16)).scaling_factor
+    assert pipeline.vae.scaling_factor == pytest.approx(scaling_factor, rel=1e-3)
     shutil.rmtree("out/unet")  # as if the last save had been prevented
     main("unet")
     assert "finished after 2 steps" in capsys.readouterr().out and Path("out/unet").exists()
@@ -150,6 +159,17 @@ def test_train_all_makes_a_folder_that_draws_and_is_then_finished(main, monkeypa
 def test_the_vae_learns_to_give_back_its_images(main, capsys):
     main("vae", "--steps", 60)
     assert float(re.search(r"PSNR of ([\d.]+) dB", capsys.readouterr().out)[1]) > 13  # at first 7
+
+
+def test_the_vaes_loss_has_a_share_of_the_kl_divergence(main, monkeypatch):
+    losses, outputs, forward = [], [], VAE.forward
+    monkeypatch.setattr(train_vae, "KL_WEIGHT", 1e3)  # compared with it the squared error is little
+    monkeypatch.setattr(train_vae, "gradient_step", lambda loss, *_: losses.append(loss.item()))
+    monkeypatch.setattr(VAE, "forward", lambda *x: outputs.append(forward(*x)) or outputs[-1])
+    main("vae", "--steps", 1)
+    _, mean, logvar = outputs[-1]
+    kl = kl_divergence(Normal(mean, (logvar / 2).exp()), Normal(0.0, 1.0)).mean()
+    assert losses == [pytest.approx(1e3 * kl.item(), rel=1e-2)]
 
 
 def test_clip_learns_which_caption_belongs_to_which_image(main, monkeypatch):
@@ -205,10 +225,14 @@ def test_classes_are_an_images_labels_and_for_one_image_in_ten_left_open(
 ):
     monkeypatch.setattr(toolbox.data, "DRAWN_CATS", 128)
     images, conditions = record(monkeypatch, train_classes)
+    shown = []
+    monkeypatch.setattr(train_classes, "log_samples", lambda *args: shown.append(args[2]))
     main("classes", "--data", name, "--steps", 100, "--batch", 8, "--size", 8)
     data = load_data(name, 8)
     known = torch.cat([data.images, data.images.flip(-1)]) / 127.5 - 1
     labels, image = torch.cat(conditions), nearest(torch.cat(images), known) % len(data.images)
+    trained = select(data, ~held_out_combination(data.labels)) if name == "cats" else data
+    assert torch.equal(shown[0], trained.labels[preview_indices(trained)] + 1)
     dropped = labels == 0
     assert labels.shape == (800, questions)
     assert torch.equal(labels[~dropped], (data.labels[image] + 1)[~dropped])

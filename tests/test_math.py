@@ -407,7 +407,7 @@ FIGURES = [  # words around figures (#); what they are; what chance may add to t
     ("by # for 256 points", lambda: frechet_of_noise(256), 0.3),
     ("by # for 2,000.", lambda: frechet_of_noise(2000), 0.05),
     (
-        "# of the image would be left as intended, next to noise of 1, but # of such latents",
+        "should have one of #; of such latents it would be #.",
         lambda: [ab("scaled_linear", 999) ** 0.5 * scale for scale in (1, 1 / 0.18215)],
     ),
     ("# captions, of which training sees #:", lambda: captions()[:2]),
@@ -416,7 +416,7 @@ FIGURES = [  # words around figures (#); what they are; what chance may add to t
     ("| 1 | # | # | # | # | # |", lambda: guidance_row(1), 0.006),
     ("| 3 | # | # | # | # | # |", lambda: guidance_row(3), 0.006),
     ("| 8 | # | # | # | # | # |", lambda: guidance_row(8), 0.006),
-    ("the image from t = # on", lambda: [first_below("linear")]),
+    ("left of the image, from t = # on", lambda: [first_below("linear")]),
     ("that begins at t = #, and", lambda: [first_below("cosine")]),
     ("of `train.py` at #.", lambda: [first_below("sigmoid")]),
     ("at alpha_bar = 0.03, the same error is #:", lambda: [noise_to_signal(0.03) / 32]),

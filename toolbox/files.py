@@ -6,9 +6,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, Linux, Windows
 
@@ -20,6 +21,8 @@ class UserError(Exception):
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Print a UserError as one line and exit with 2; any other exception keeps its traceback."""
+    survive_closed_pipe(sys.stdout)
+    survive_closed_pipe(sys.stderr)
     try:
         yield
     except UserError as error:
@@ -35,6 +38,21 @@ def user_errors() -> Iterator[None]:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def survive_closed_pipe(stream: TextIO) -> None:
+    """Whoever reads the output may leave (`| head`); a training then continues in silence."""
+
+    def guarded(method: Callable) -> Callable:
+        def call(*args: object) -> object:
+            try:
+                return method(*args)
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+        return call
+
+    stream.write, stream.flush = guarded(stream.write), guarded(stream.flush)
 
 
 def printable(text: str) -> str:
