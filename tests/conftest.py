@@ -75,6 +75,15 @@ def train_here(photos, monkeypatch, capsys):
     return lambda *words: call(train.main, monkeypatch, capsys, FLAGS, *words)
 
 
+def random_unet(std=0.1):
+    """A tiny network whose weights are zero nowhere."""
+    torch.manual_seed(0)
+    network = UNet(**TINY)
+    for w in network.parameters():
+        torch.nn.init.normal_(w, std=std)
+    return network
+
+
 def call(main, monkeypatch, capsys, flags, *words):
     """main() with these flags and, overruling them, words: flag, value, ...; what it printed."""
     flags = flags | dict(zip(words[::2], words[1::2], strict=True))

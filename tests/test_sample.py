@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FLAGS, TINY, call, command, pixels, said
+from conftest import FLAGS, TINY, call, command, pixels, random_unet, said
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -19,10 +19,7 @@ from unet import UNet
 @pytest.fixture
 def draw_here(here, monkeypatch, capsys):
     """draw_here("--n", 3) samples with a tiny, random network; returns what was printed."""
-    torch.manual_seed(0)
-    network = UNet(**TINY)
-    for w in network.parameters():
-        torch.nn.init.normal_(w, std=0.1)
+    network = random_unet()
     config = model_config(network, NoiseSchedule.linear(), 8, "nothing")
     save_model(here / "tiny.pt", network, config)
     flags = {"--model": "tiny.pt", "--steps": 4, "--device": "cpu"}
