@@ -89,11 +89,11 @@ def test_it_prints_a_table_and_writes_a_plot(evaluate_here, here):
 
 def test_samples_are_those_of_their_seeds():
     predict_noise, schedule = lambda x, t: 0.1 * x, NoiseSchedule.cosine()
-    options = {"steps": 3, "eta": 1.0}
-    images = evaluate.generate(predict_noise, (3, 4, 4), range(7, 42), schedule, **options)
+    options = {"schedule": schedule, "steps": 3, "eta": 1.0}
+    images = evaluate.generate(predict_noise, (3, 4, 4), range(7, 42), **options)
     assert images.shape == (35, 3, 4, 4) and images.dtype == torch.uint8
     for i in (0, 31, 32, 34):  # of both batches
-        alone = sample_seeds(predict_noise, (3, 4, 4), [7 + i], schedule, clip_x0=True, **options)
+        alone = sample_seeds(predict_noise, (3, 4, 4), [7 + i], clip_x0=True, **options)
         assert torch.equal(to_uint8(alone[0]), images[i])
 
 
@@ -205,7 +205,7 @@ BAD = [
     ({"data": "nowhere"}, "--data 'nowhere': expected a folder of images"),
     ({"data": "few"}, "few: 15 images; expected 16 or more"),
     ({"data": "mnist"}, "new.pt needs 3 channels, mnist has 1"),
-    *(({"out": out}, f"--out {out}: expected a name that ends in .png") for out in ("a", "a.jpg")),
+    *(({"out": out}, f"{out}: expected a name that ends in .png") for out in ("a", "a.jpg")),
     ({"out": "new.pt/evaluation.png"}, "new.pt/evaluation.png: File exists; check"),
 ]
 

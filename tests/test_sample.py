@@ -119,7 +119,7 @@ def test_own_model_first_and_the_ready_model_in_a_fresh_folder(draw_here, here):
         *[("sample", f"--eta {x}", f"--eta {x}: expected 0 to 1") for x in ("2.0", "-0.1", "nan")],
         ("sample", "--out ", "--out: expected a name that ends in .png"),
         ("sample", "--out empty.png", "empty.png: "),
-        ("sample", "--gif way.mp4", "--gif way.mp4: expected a name that ends in .gif"),
+        ("sample", "--gif way.mp4", "way.mp4: expected a name that ends in .gif"),
         ("sample", "--gif a_file/way.gif", "a_file/way.gif"),
         ("sample", "--model empty", "--model empty: no such model file"),
     ],

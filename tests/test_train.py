@@ -336,7 +336,7 @@ def test_a_folder_of_other_settings_or_of_another_training_is_refused_and_untouc
         with pytest.raises(UserError, match=rf"{told}.*use another --out"):
             train_here("--steps", 2, flag, value)
     (photos / "0.png").unlink()
-    with pytest.raises(UserError, match="data_checksum = .*, and now it is"):
+    with pytest.raises(UserError, match=r"data_checksum = .*, and now it is"):
         train_here("--steps", 2)
     assert contents("run") == before
 
