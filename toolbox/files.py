@@ -85,7 +85,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def check_writable(path: Path, suffix: str = "") -> None:
     """Can this file be written? Asked before the work rather than after it."""
-    if not path.name.lower().endswith(suffix):
+    if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{path}: expected a name that ends in {suffix}")
     with system_errors(path):
         new = not path.exists()
