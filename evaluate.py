@@ -1,14 +1,14 @@
 """Is it any good? `python evaluate.py` measures a model's loss and samples, next to real images."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import NoiseSchedule
+from processes import Network, NoiseSchedule
 from toolbox import metrics
 from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
@@ -37,12 +37,10 @@ def main() -> None:
     check_number("--n", args.n, 4)  # an error bar takes halves, and a distance two images in each
     check_number("--seed", args.seed, 0, 2**32 - args.n)
     check_number("--eta", args.eta, 0, 1)
-    if args.out.suffix.lower() != ".png":
-        raise UserError(f"--out {args.out}: expected a name that ends in .png")
     model, device = args.model or default_model(), pick_device(args.device)
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)
-    check_writable(args.out)
+    check_writable(args.out, ".png")
     inception = [Inception()] if args.inception else []
 
     name = config["data"] if args.data is None else args.data
@@ -61,9 +59,9 @@ def main() -> None:
     images = evenly_spaced(held_out.images, 256)
     loss = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
     levels = report_loss(loss, schedule, data, images)
-    seeds, options = range(args.seed, args.seed + args.n), {"steps": args.steps, "eta": args.eta}
-    shape = data.images.shape[1:]
-    samples = generate(predict_noise, shape, seeds, schedule, device=device, **options)
+    options = {"schedule": schedule, "device": device, "steps": args.steps, "eta": args.eta}
+    seeds = range(args.seed, args.seed + args.n)
+    samples = generate(predict_noise, data.images.shape[1:], seeds, **options)
     report_quality(samples, classifier, data, held_out)
     for extractor in [classifier, *inception]:
         report_distances(samples, extractor, data)
@@ -89,14 +87,12 @@ def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tenso
     return {"the best linear denoiser": baseline, "this network": levels}
 
 
-def generate(
-    predict_noise: Callable, shape: Sequence[int], seeds: range, schedule: NoiseSchedule, **options
-) -> Tensor:
+def generate(predict_noise: Network, shape: Sequence[int], seeds: range, **options) -> Tensor:
     """The images of these seeds, as sample.py makes them: uint8 (N, *shape)."""
     images = []
     for first in tqdm(seeds[::BATCH], desc="sampling", leave=False):
         batch = range(first, min(first + BATCH, seeds.stop))
-        x0 = sample_seeds(predict_noise, shape, batch, schedule, clip_x0=True, **options)
+        x0 = sample_seeds(predict_noise, shape, batch, clip_x0=True, **options)
         images.append(to_uint8(x0).cpu())
     return torch.cat(images)
 

@@ -38,16 +38,15 @@ def main() -> None:
     check_number("--eta", args.eta, 0, 1)
     if not args.out:
         raise UserError("--out: expected a name that ends in .png, for a grid, or a folder")
-    if args.gif and args.gif.suffix.lower() != ".gif":
-        raise UserError(f"--gif {args.gif}: expected a name that ends in .gif")
     model, device = args.model or default_model(), pick_device(args.device)
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)
-    for path in filter(None, (out if as_grid else out / f"{args.seed:06}.png", args.gif)):
-        check_writable(path)
+    check_writable(out if as_grid else out / f"{args.seed:06}.png")
+    if args.gif:
+        check_writable(args.gif, ".gif")
 
-    size, shape = config["size"], (config["channels"], config["size"], config["size"])
-    data = printable(config["data"])
+    size, data = config["size"], printable(config["data"])
+    shape = config["channels"], size, size
     print(f"{args.n} images of {size}x{size} pixels by {model}, trained on {data}")
     pairs = snr_pairs(schedule, args.steps) if args.order == 2 else None
     calls = len(pairs) if pairs else args.steps
@@ -69,9 +68,9 @@ def main() -> None:
             x0 = sample_seeds(predict_noise, shape, batch, schedule, **options).cpu()
             if as_grid:
                 images.append(x0)
-            else:
-                for seed, image in zip(batch, x0, strict=True):
-                    save_image(to_image(image), out / f"{seed:06}.png")
+                continue
+            for seed, image in zip(batch, x0, strict=True):
+                save_image(to_image(image), out / f"{seed:06}.png")
     if as_grid:
         save_grid(torch.cat(images), out)
     if args.gif:

@@ -75,10 +75,23 @@ def train_here(photos, monkeypatch, capsys):
     return lambda *words: call(train.main, monkeypatch, capsys, FLAGS, *words)
 
 
+def random_unet(std=0.1):
+    """A tiny network whose weights are zero nowhere."""
+    torch.manual_seed(0)
+    network = UNet(**TINY)
+    for w in network.parameters():
+        torch.nn.init.normal_(w, std=std)
+    return network
+
+
 def call(main, monkeypatch, capsys, flags, *words):
-    """main() with these flags and, overruling them, words: flag, value, ...; what it printed."""
+    """main() with these flags and, overruling them, words: flag, value, ...; what it printed.
+
+    A flag with None is left out, one with True has no value.
+    """
     flags = flags | dict(zip(words[::2], words[1::2], strict=True))
-    words = [str(word) for pair in flags.items() if pair[1] is not None for word in pair]
+    pairs = [pair for pair in flags.items() if pair[1] is not None]
+    words = [str(word) for pair in pairs for word in pair if word is not True]
     monkeypatch.setattr(sys, "argv", ["program", *words])
     main()
     return capsys.readouterr().out

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import TINY, call
 from PIL import Image
 from test_data import lay_out_digits
 
@@ -21,8 +22,6 @@ from toolbox.models import PRETRAINED, SCHEDULES, model_config, save_model
 from toolbox.seeds import sample_seeds
 from unet import UNet
 
-TINY = {"channels": (8, 16), "num_res_blocks": 1, "attention_levels": (False, True), "groups": 4}
-
 
 @pytest.fixture
 def evaluate_here(here, monkeypatch, capsys):
@@ -31,7 +30,7 @@ def evaluate_here(here, monkeypatch, capsys):
         folder = here / "many" / ("cats" if i % 2 else "more cats")
         save_image(to_image(image), folder / f"{i}.png")
     torch.manual_seed(0)
-    network = UNet(**TINY, heads=2)
+    network = UNet(**TINY)
     checksum = load_data("many", 16).checksum
     config = model_config(network, NoiseSchedule.cosine(), 16, "many", data_checksum=checksum)
     save_model(here / "new.pt", network, config)
@@ -40,15 +39,8 @@ def evaluate_here(here, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "train_feature_net", short)
     capsys.readouterr()
 
-    def run(*words, **flags):
-        defaults = {"model": "new.pt", "data": "many", "n": 8, "steps": 3, "device": "cpu"}
-        pairs = [(f"--{flag}", str(value)) for flag, value in (defaults | flags).items()]
-        words = [word for pair in pairs if pair[1] != "None" for word in pair] + [*words]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
-        evaluate.main()
-        return capsys.readouterr().out
-
-    return run
+    flags = {"--model": "new.pt", "--data": "many", "--n": 8, "--steps": 3, "--device": "cpu"}
+    return lambda *words: call(evaluate.main, monkeypatch, capsys, flags, *words)
 
 
 TABLE = [
@@ -68,7 +60,7 @@ TABLE = [
 
 
 def test_it_prints_a_table_and_writes_a_plot(evaluate_here, here):
-    out = evaluate_here(n=30)
+    out = evaluate_here("--n", 30)
     lines = out.splitlines()
     assert lines.pop(1) == "training a classifier, once for this data"
     assert len(lines) == len(TABLE)
@@ -77,23 +69,23 @@ def test_it_prints_a_table_and_writes_a_plot(evaluate_here, here):
         assert re.fullmatch(expected, line), (line, expected)
     with Image.open("evaluation.png") as image:
         assert image.width > 1000 and image.height > 300
-    assert evaluate_here(n=30).splitlines() == lines  # the same again
-    for flag in ({"seed": 8}, {"steps": 4}, {"eta": 0.5}):
-        other = evaluate_here(n=30, **flag).splitlines()
+    assert evaluate_here("--n", 30).splitlines() == lines  # the same again
+    for flag in (("--seed", 8), ("--steps", 4), ("--eta", 0.5)):
+        other = evaluate_here("--n", 30, *flag).splitlines()
         assert other[:3] == lines[:3] and other[8] != lines[8]
     found = sorted(p.name for p in here.iterdir() if p.suffix != ".pt")
     assert found == ["data", "evaluation.png", "many"] and "warning" not in out
-    other = evaluate_here(model="other.pt")
+    other = evaluate_here("--model", "other.pt")
     assert "warning: other.pt was trained on other images" in other
 
 
 def test_samples_are_those_of_their_seeds():
     predict_noise, schedule = lambda x, t: 0.1 * x, NoiseSchedule.cosine()
-    options = {"steps": 3, "eta": 1.0}
-    images = evaluate.generate(predict_noise, (3, 4, 4), range(7, 42), schedule, **options)
+    options = {"schedule": schedule, "steps": 3, "eta": 1.0}
+    images = evaluate.generate(predict_noise, (3, 4, 4), range(7, 42), **options)
     assert images.shape == (35, 3, 4, 4) and images.dtype == torch.uint8
     for i in (0, 31, 32, 34):  # of both batches
-        alone = sample_seeds(predict_noise, (3, 4, 4), [7 + i], schedule, clip_x0=True, **options)
+        alone = sample_seeds(predict_noise, (3, 4, 4), [7 + i], clip_x0=True, **options)
         assert torch.equal(to_uint8(alone[0]), images[i])
 
 
@@ -194,19 +186,19 @@ def test_the_best_linear_denoiser_is_at_the_line(make, capsys):
 
 
 BAD = [
-    ({"n": 3}, "--n 3: expected 4 or more"),
-    *(({"steps": n}, f"--steps {n}: expected 1 to 1000") for n in (0, 1001)),
-    *(({"eta": eta}, f"--eta {eta}: expected 0 to 1") for eta in (2.0, "nan")),
-    ({"seed": -1}, "--seed -1: expected 0 to"),
-    ({"device": "tpu9"}, "--device tpu9: this machine has no such device"),
-    ({"model": "catz"}, "--model catz: no such model file; did you mean cats"),
-    ({"model": "many/cats/1.png"}, "1.png: expected a file of torch.save"),
-    ({"data": None}, "new.pt was trained on a folder named many: add --data path/to/many"),
-    ({"data": "nowhere"}, "--data 'nowhere': expected a folder of images"),
-    ({"data": "few"}, "few: 15 images; expected 16 or more"),
-    ({"data": "mnist"}, "new.pt needs 3 channels, mnist has 1"),
-    *(({"out": out}, f"--out {out}: expected a name that ends in .png") for out in ("a", "a.jpg")),
-    ({"out": "new.pt/evaluation.png"}, "new.pt/evaluation.png: File exists; check"),
+    ("--n", 3, "--n 3: expected 4 or more"),
+    *(("--steps", n, f"--steps {n}: expected 1 to 1000") for n in (0, 1001)),
+    *(("--eta", eta, f"--eta {eta}: expected 0 to 1") for eta in (2.0, "nan")),
+    ("--seed", -1, "--seed -1: expected 0 to"),
+    ("--device", "tpu9", "--device tpu9: this machine has no such device"),
+    ("--model", "catz", "--model catz: no such model file; did you mean cats"),
+    ("--model", "many/cats/1.png", "1.png: expected a file of torch.save"),
+    ("--data", None, "new.pt was trained on a folder named many: add --data path/to/many"),
+    ("--data", "nowhere", "--data 'nowhere': expected a folder of images"),
+    ("--data", "few", "few: 15 images; expected 16 or more"),
+    ("--data", "mnist", "new.pt needs 3 channels, mnist has 1"),
+    *(("--out", out, f"{out}: expected a name that ends in .png") for out in ("a", "a.jpg")),
+    ("--out", "new.pt/evaluation.png", "new.pt/evaluation.png: File exists; check"),
 ]
 
 
@@ -216,13 +208,13 @@ def test_bad_input_gets_one_sentence_before_the_work(evaluate_here, here, monkey
         save_image(Image.new("RGB", (9, 9)), here / f"few/{i}.png")
     monkeypatch.setattr(metrics, "train_feature_net", None)  # any work would crash
     monkeypatch.setattr(evaluate, "loss_by_level", None)
-    for flags, sentence in BAD:
+    for flag, value, sentence in BAD:
         with pytest.raises(UserError, match=sentence):
-            evaluate_here(**flags)
+            evaluate_here(flag, value)
     monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
     monkeypatch.setattr(evaluate, "load_data", None)
     with pytest.raises(UserError, match="--inception: "):
-        evaluate_here("--inception")
+        evaluate_here("--inception", True)
     assert not (here / "evaluation.png").exists()
 
 
@@ -232,7 +224,7 @@ def test_bad_input_gets_one_sentence_before_the_work(evaluate_here, here, monkey
 @pytest.mark.slow
 def test_the_ready_model_has_learned_to_draw_cats(evaluate_here, here):
     """What a newcomer types, with fewer samples. How clean they are: docs/results.md."""
-    out = evaluate_here(model="cats", data=None, n=64, steps=40)
+    out = evaluate_here("--model", "cats", "--data", None, "--n", 64, "--steps", 40)
     assert "it has learned more than brightness and smoothness" in out
     assert not (here / "data/features").exists() and (PRETRAINED / "features/cats-32.pt").exists()
     clean = re.search(r"^clean +([\d.]+) % +([\d.]+) %$", out, flags=re.MULTILINE)

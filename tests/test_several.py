@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, checkpoint, flat
+from conftest import checkpoint, flat, random_unet
 
 import train
 from processes import NoiseSchedule
 from toolbox.models import model_config, save_model
 from toolbox.run import Run
-from unet import UNet
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="PyTorch has no libuv there")
@@ -54,10 +53,7 @@ def gradients(folder):
 
 
 def test_two_processes_train_what_one_trains_and_stop_together(train_here, start, monkeypatch):
-    torch.manual_seed(0)
-    network = UNet(**TINY)
-    for w in network.parameters():
-        torch.nn.init.normal_(w, std=0.2)  # zero nowhere
+    network = random_unet(0.2)
     config = model_config(network, NoiseSchedule.sigmoid(), 16, "nothing")
     save_model(Path("awake.pt"), network, config)
     words = "--batch 8 --model awake.pt --out"

@@ -59,11 +59,9 @@ def distributed() -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
             yield
-    except SystemExit:  # they have agreed to stop
-        dist.destroy_process_group()
-        raise
-    else:  # but not after an error: the others may still be waiting for something else
-        dist.destroy_process_group()
+    finally:  # but not after an error: the others may still be waiting for something else
+        if sys.exc_info()[0] in (None, SystemExit):  # done, or they have agreed to stop
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -83,8 +83,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, suffix: str = "") -> None:
     """Can this file be written? Asked before the work rather than after it."""
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f"{path}: expected a name that ends in {suffix}")
     with system_errors(path):
         new = not path.exists()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,9 +43,9 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     save_image(grid(images, columns), path)
 
 
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path, format: str = "PNG", **options: object) -> None:
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format, **options)
 
 
 def save_gif(frames: list[Image.Image], path: Path) -> None:
@@ -53,8 +53,7 @@ def save_gif(frames: list[Image.Image], path: Path) -> None:
     first, *rest = (frame.convert("RGB").quantize(128) for frame in frames)
     milliseconds = [max(20, 4000 // len(frames))] * len(rest) + [2000]
     options = {"append_images": rest, "duration": milliseconds}
-    with atomic_write(path) as temporary:
-        first.save(temporary, format="GIF", save_all=True, loop=0, **options)
+    save_image(first, path, "GIF", save_all=True, loop=0, **options)
 
 
 def save_plot(figure: plt.Figure, path: Path, dpi: int = 100) -> None:
