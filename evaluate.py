@@ -14,7 +14,7 @@ from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, check_writable, printable, user_errors
 from toolbox.images import loss_by_level, plot_evaluation
-from toolbox.metrics import FeatureNet, Inception, Judge, evenly_spaced
+from toolbox.metrics import FeatureNet, Inception, evenly_spaced
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
 
@@ -51,8 +51,8 @@ def main() -> None:
     data, held_out = (load_data(name, config["size"], held_out=part) for part in (False, True))
     if data.channels != config["channels"]:
         raise UserError(f"{model} needs {config['channels']} channels, {name} has {data.channels}")
-    counts = f"{len(data.images):,} training images, {len(held_out.images):,} held out"
-    print(f"model     {model}, trained on {printable(config['data'])}: {counts}")
+    print(f"model     {model}, trained on {printable(config['data'])}:", end=" ")
+    print(f"{len(data.images):,} training images, {len(held_out.images):,} held out")
     if config.get("data_checksum", data.checksum) != data.checksum:
         print(f"warning: {model} was trained on other images than {name} now has")
     classifier = metrics.feature_net(data)  # first: it may have to be trained
@@ -61,9 +61,9 @@ def main() -> None:
     images = evenly_spaced(held_out.images, 256)
     loss = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
     levels = report_loss(loss, schedule, data, images)
-    seeds, shape = range(args.seed, args.seed + args.n), data.images.shape[1:]
-    options = {"device": device, "steps": args.steps, "eta": args.eta}
-    samples = generate(predict_noise, shape, seeds, schedule, **options)
+    seeds, options = range(args.seed, args.seed + args.n), {"steps": args.steps, "eta": args.eta}
+    shape = data.images.shape[1:]
+    samples = generate(predict_noise, shape, seeds, schedule, device=device, **options)
     report_quality(samples, classifier, data, held_out)
     for extractor in [classifier, *inception]:
         report_distances(samples, extractor, data)
@@ -83,10 +83,8 @@ def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tenso
     judged = (alpha_bar > 0.02) & (alpha_bar < 0.98)
     ours, best = (x[judged].mean() for x in (torch.tensor([*levels.values()]), linear))
     verdict = "more than brightness and smoothness" if ours < best else "NOTHING: see docs/lab.md"
-    print(
-        f"loss      {ours:.4f} on {len(images)} held-out images; best linear denoiser {best:.4f}:"
-    )
-    print(f"          it has learned {verdict}")
+    print(f"loss      {ours:.4f} on {len(images)} held-out images;", end=" ")
+    print(f"best linear denoiser {best:.4f}:\n          it has learned {verdict}")
     baseline = dict(zip(levels, linear.tolist(), strict=True))
     return {"the best linear denoiser": baseline, "this network": levels}
 
@@ -105,21 +103,19 @@ def generate(
 
 def report_quality(samples: Tensor, network: FeatureNet, data: Data, held_out: Data) -> None:
     """What share is clean, and how the classes are mixed; the same of held-out images."""
-    judge, real = Judge(network, data, held_out), evenly_spaced(held_out.images, len(samples))
-    ours, theirs = (judge_all(judge, network.extract_features(x)) for x in (samples, real))
-    print(f"{'':34}{f'{len(samples)} samples':>16}{f'{len(real)} held-out images':>24}")
-    for name, value in ours.items():
-        print(f"{name:34}{value:>16}{theirs[name]:>24}")
-
-
-def judge_all(judge: Judge, features: Tensor) -> dict[str, str]:
-    near = judge.distance(features) <= judge.radius
-    shares = {"clean": judge.clean(features), "  near the data": near}
-    shares |= {f"  confident of the {name}": x for name, x in judge.confident(features).items()}
-    rows = {name: f"{100 * share.float().mean():.1f} %" for name, share in shares.items()}
-    for name, distance in judge.total_variation(features).items():
-        rows[f"total variation of the {name}"] = f"{distance:.2f}"
-    return rows
+    judge = metrics.Judge(network, data, held_out)
+    real = evenly_spaced(held_out.images, len(samples))
+    rows = {"": [f"{len(samples)} samples", f"{len(real)} held-out images"]}
+    for features in map(network.extract_features, (samples, real)):
+        near = judge.distance(features) <= judge.radius
+        shares = {"clean": judge.clean(features), "  near the data": near}
+        shares |= {f"  confident of the {name}": x for name, x in judge.confident(features).items()}
+        for name, share in shares.items():
+            rows.setdefault(name, []).append(f"{100 * share.float().mean():.1f} %")
+        for name, distance in judge.total_variation(features).items():
+            rows.setdefault(f"total variation of the {name}", []).append(f"{distance:.2f}")
+    for name, (ours, theirs) in rows.items():
+        print(f"{name:34}{ours:>16}{theirs:>24}")
 
 
 def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> None:

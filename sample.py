@@ -43,9 +43,8 @@ def main() -> None:
     model, device = args.model or default_model(), pick_device(args.device)
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)
-    check_writable(out if as_grid else out / f"{args.seed:06}.png")
-    if args.gif:
-        check_writable(args.gif)
+    for path in filter(None, (out if as_grid else out / f"{args.seed:06}.png", args.gif)):
+        check_writable(path)
 
     size, shape = config["size"], (config["channels"], config["size"], config["size"])
     data = printable(config["data"])

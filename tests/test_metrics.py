@@ -17,21 +17,7 @@ from toolbox import metrics
 from toolbox.cats import ATTRIBUTES, describe, draw, render
 from toolbox.data import DRAWN_CATS, Data, from_uint8, to_uint8
 from toolbox.files import UserError
-from toolbox.metrics import (
-    CORRUPTIONS,
-    Inception,
-    Judge,
-    LinearDenoiser,
-    corrupt,
-    evenly_spaced,
-    feature_net,
-    frechet_distance,
-    jackknife,
-    kernel_distance,
-    nearest_neighbours,
-    split,
-    train_feature_net,
-)
+from toolbox.metrics import Judge, evenly_spaced, frechet_distance, jackknife, kernel_distance
 
 # ---- distances -----------------------------------------------------------------------------------
 
@@ -91,7 +77,7 @@ def test_kernel_distance_is_unbiased_however_few_images_there_are():
 
 
 @pytest.mark.parametrize(
-    ("distance", "shift"), [*[(kernel_distance, s) for s in (0.0, 1.0)], (frechet_distance, 0.5)]
+    ("distance", "shift"), [(kernel_distance, 0), (kernel_distance, 1), (frechet_distance, 0.5)]
 )
 def test_the_error_bar_is_the_standard_deviation_of_independent_draws(distance, shift):
     b = gaussian(400, 4, 10_000)
@@ -110,22 +96,19 @@ def test_the_error_bar_is_the_standard_deviation_of_independent_draws(distance, 
 # ---- which images --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "at_most"), [(10, 10), (10, 3), (10, 100), (16_384, 1000), (5, 1)])
-def test_evenly_spaced(n, at_most):
-    chosen = evenly_spaced(torch.arange(n), at_most)
-    assert len(chosen) == min(n, at_most) and chosen[0] == 0
-    if len(chosen) > 1:
-        assert chosen[-1] == n - 1 and chosen.diff().max() - chosen.diff().min() <= 1
-
-
-@pytest.mark.parametrize(("n", "asked"), [(1000, 100), (15, 4), (15, 256), (40_000, 256)])
-def test_a_split_is_disjoint_and_has_every_class(n, asked):
-    one, other = split(torch.arange(n), asked)
-    assert not set(one.tolist()) & set(other.tolist())
-    assert len(one) == min(asked, (n + 1) // 2) and len(other) == min(metrics.MAX_REAL, n // 2)
-    for part in (one, other):  # of ten classes, one after the other
-        shares = (part * 10 // n).bincount(minlength=10) / len(part)
-        assert n < 100 or (shares - 0.1).abs().max() < 0.03
+def test_a_selection_is_evenly_spaced_and_a_split_disjoint():
+    for n, at_most in [(10, 10), (10, 3), (10, 100), (16_384, 1000), (5, 1)]:
+        chosen = evenly_spaced(torch.arange(n), at_most)
+        assert len(chosen) == min(n, at_most) and chosen[0] == 0
+        if len(chosen) > 1:
+            assert chosen[-1] == n - 1 and chosen.diff().max() - chosen.diff().min() <= 1
+    for n, asked in [(1000, 100), (15, 4), (15, 256), (40_000, 256)]:
+        one, other = metrics.split(torch.arange(n), asked)
+        assert not set(one.tolist()) & set(other.tolist())
+        assert len(one) == min(asked, (n + 1) // 2) and len(other) == min(metrics.MAX_REAL, n // 2)
+        for part in (one, other):  # of ten classes, one after the other
+            shares = (part * 10 // n).bincount(minlength=10) / len(part)
+            assert n < 100 or (shares - 0.1).abs().max() < 0.03
 
 
 @pytest.mark.parametrize("hflip", [True, False])
@@ -134,7 +117,7 @@ def test_the_nearest_are_found_copies_and_flipped_copies(hflip):
     shape = (2500, 3, 6, 6)  # more than a chunk
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     asked = torch.stack([images[7], images[2400], images[3].flip(-1), images[0] // 2])
-    found, distance = nearest_neighbours(asked, Data("test", images, hflip=hflip))
+    found, distance = metrics.nearest_neighbours(asked, Data("test", images, hflip=hflip))
     every = torch.cat([images, images.flip(-1)]) if hflip else images
     exact = (asked[:, None].double() - every.double()).square().mean((2, 3, 4)).sqrt()
     torch.testing.assert_close(distance.double(), exact.min(1).values, atol=0.1, rtol=1e-3)
@@ -158,7 +141,7 @@ def test_the_linear_denoisers_errors_are_those_of_one_that_does_it(n, size):
     """Noise is drawn and predicted by one matrix; with as many directions as numbers, or fewer."""
     d = 3 * size * size
     deviation = torch.linspace(0.4, 0.02, d)
-    linear, images = LinearDenoiser(noise_images(n, deviation, 0, size)), None
+    linear = metrics.LinearDenoiser(noise_images(n, deviation, 0, size))
     images = noise_images(500, deviation, 1, size)
     known, variances = linear.directions.double(), linear.variances.double()
     assert (known.shape[1] < d) == (n < d)
@@ -178,7 +161,7 @@ def test_the_linear_denoisers_errors_are_those_of_one_that_does_it(n, size):
 def test_it_reaches_the_optimum_for_normal_images_and_a_few_do_not_mislead_it(n):
     """Of variance v everywhere: a v / (a v + 1 - a), not what these few images happen to have."""
     a = torch.tensor([0.95, 0.7, 0.3, 0.05]).double()
-    linear = LinearDenoiser(noise_images(n, torch.full((48,), 0.3), 0, 4))
+    linear = metrics.LinearDenoiser(noise_images(n, torch.full((48,), 0.3), 0, 4))
     errors = linear.errors(noise_images(2000, torch.full((48,), 0.3), 1, 4), a)
     tolerance = 0.02 if n == 8000 else 0.1
     torch.testing.assert_close(errors, a * 0.09 / (a * 0.09 + 1 - a), rtol=tolerance, atol=0)
@@ -234,27 +217,17 @@ def test_the_judge_by_hand():
 # ---- the classifier: trained, stored, found again ------------------------------------------------
 
 
-def small_cats(n=64, size=16):
-    images, labels, _ = draw(n, size)
-    return Data("small", to_uint8(images), ATTRIBUTES, torch.stack([*labels.values()], dim=1))
+def drawn(name="small", n=64, size=16, start=0):
+    images, labels, _ = draw(n, size, start=start)
+    return Data(name, to_uint8(images), ATTRIBUTES, torch.stack([*labels.values()], dim=1))
 
 
-@pytest.fixture
-def trainings(here, monkeypatch):
-    """A list of the data of each training; each one is very short."""
-    done = []
-
-    def train(data):
-        done.append(data)
-        return train_feature_net(data, steps=2, batch=8)
-
-    monkeypatch.setattr(metrics, "train_feature_net", train)
-    return done
-
-
-def test_a_classifier_is_trained_once_for_each_kind_of_data(trainings, here, monkeypatch):
-    data = small_cats()
-    first, again = feature_net(data), feature_net(data)
+def test_a_classifier_is_trained_once_for_each_kind_of_data(here, monkeypatch):
+    trainings, train = [], metrics.train_feature_net
+    short = lambda data: trainings.append(data) or train(data, steps=2, batch=8)  # noqa: E731
+    monkeypatch.setattr(metrics, "train_feature_net", short)
+    data = drawn()
+    first, again = metrics.feature_net(data), metrics.feature_net(data)
     assert len(trainings) == 1 and [p.name for p in here.rglob("*.pt")] == ["small-16.pt"]
     features = first.extract_features(data.images)
     assert features.shape == (64, metrics.FEATURES) and not features.requires_grad
@@ -262,52 +235,48 @@ def test_a_classifier_is_trained_once_for_each_kind_of_data(trainings, here, mon
     assert not first.training and not again.training
     counts = {name: len(values) for name, values in ATTRIBUTES.items()}
     answers = {name: logits.shape[1] for name, logits in first.answers(features).items()}
-    assert answers == counts | {"corruption": len(CORRUPTIONS)}
+    assert answers == counts | {"corruption": len(metrics.CORRUPTIONS)}
 
     pixel = data.images.clone()
     pixel[..., 5, 5] = 255  # a single one, of all images
     ab, labels = ("a", "b"), torch.arange(64)[:, None] % 2
     others = [
         *(Data("small", pixel, ATTRIBUTES, data.labels), Data("small", pixel[:, :1])),
-        *(Data("small", pixel), small_cats(size=8), Data("small", pixel, {"class": ab}, labels)),
+        *(Data("small", pixel), drawn(size=8), Data("small", pixel, {"class": ab}, labels)),
         Data("small", pixel, {"class": ab[::-1]}, labels),  # sub-folders with other names
     ]
     for i, other in enumerate(others, start=2):
         for _ in range(2):
-            feature_net(other)
+            metrics.feature_net(other)
         assert len(trainings) == i
 
     # A ready one comes first, where it belongs to the images; the other is made next to it.
     monkeypatch.setattr(metrics, "PRETRAINED", here / "models")
     (here / "models").mkdir()
     (here / "data/features").rename(here / "models/features")
-    feature_net(others[-1])
+    metrics.feature_net(others[-1])
     assert len(trainings) == 7 and not (here / "data/features").exists()
-    feature_net(data)
+    metrics.feature_net(data)
     assert len(trainings) == 8 and (here / "data/features/small-16.pt").exists()
 
 
 def test_a_training_is_always_the_same_announced_and_disturbs_no_other_randomness(capsys):
-    data = small_cats()
+    data = drawn()
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, other = (train_feature_net(data, steps=6, batch=8).state_dict() for _ in range(2))
+    one, other = (metrics.train_feature_net(data, steps=6, batch=8).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(before, torch.get_rng_state())
-    assert "training a classifier, once for this data: about " in capsys.readouterr().out
+    assert "training a classifier, once for this data\n" in capsys.readouterr().out
 
 
 def stripes(n, size):
     """Grey images of 3 classes: horizontal, vertical, none."""
     labels = torch.arange(n) % 3
-    wave = (torch.arange(size) // 3 % 2).float()
-    kinds = [
-        wave[:, None].expand(size, size),
-        wave.expand(size, size),
-        torch.full((size, size), 0.5),
-    ]
+    wave = (torch.arange(size) // 3 % 2).float().expand(size, size)
     noise = 0.2 * torch.randn(n, size, size, generator=torch.Generator().manual_seed(0))
-    images = to_uint8(torch.stack(kinds)[labels] * 1.6 - 0.8 + noise)[:, None]
+    kinds = torch.stack([wave.T, wave, torch.full_like(wave, 0.5)])
+    images = to_uint8(kinds[labels] * 1.6 - 0.8 + noise)[:, None]
     return Data("stripes", images, {"kind": ("h", "v", "none")}, labels[:, None])
 
 
@@ -322,7 +291,8 @@ def landscapes(n, size):
 def test_a_classifier_learns_within_seconds(make):
     """The classes, or without any which way up an image is; of one channel or three."""
     data = make()
-    network = train_feature_net(data, steps=60, batch=24)
+    assert metrics.train_feature_net(landscapes(10, 64), steps=1).questions["rotation"] == 4
+    network = metrics.train_feature_net(data, steps=60, batch=24)
     if data.classes:
         images, right, name = data.images, data.labels[:, 0], "kind"
     else:
@@ -335,18 +305,13 @@ def test_a_classifier_learns_within_seconds(make):
     torch.testing.assert_close(alone[0], features[256], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("size", [8, 40, 64])
-def test_images_of_every_size_make_a_batch(size):
-    assert train_feature_net(landscapes(10, size), steps=1).questions["rotation"] == 4
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("kind", metrics.CORRUPTIONS)
 def test_a_corruption_is_one_and_a_mild_one(kind, channels):
     torch.manual_seed(0)
     for image, other in zip(*draw(20, 24)[0][:, :channels].split(10), strict=True):
         before = image.clone()
-        corrupted = corrupt(image, kind, other)
+        corrupted = metrics.corrupt(image, kind, other)
         assert torch.equal(image, before)
         assert corrupted.shape == image.shape and corrupted.abs().max() <= 1
         difference = (corrupted - image).abs()
@@ -364,29 +329,25 @@ def test_a_corruption_is_one_and_a_mild_one(kind, channels):
 # ---- Inception -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_inception_sees_uint8_of_three_channels_in_parts(channels):
+def test_inception_sees_uint8_of_three_channels_in_parts_or_says_what_to_install(monkeypatch):
     def network(part):
         assert part.dtype == torch.uint8 and part.shape[1:] == (3, 8, 8) and len(part) <= 64
         return part.float().mean((2, 3))
 
-    inception = Inception.__new__(Inception)  # without its weights
+    def no_weights(*_):
+        raise ConnectionError("no route to github.com")
+
+    inception = metrics.Inception.__new__(metrics.Inception)  # without its weights
     inception.network = network
-    images = torch.randint(0, 256, (150, channels, 8, 8), dtype=torch.uint8)
-    expected = images.float().mean((2, 3)).expand(150, 3)
-    torch.testing.assert_close(inception.extract_features(images), expected)
-
-
-def no_weights(*_):
-    raise ConnectionError("no route to github.com")
-
-
-@pytest.mark.parametrize("module", [None, types.SimpleNamespace(NoTrainInceptionV3=no_weights)])
-def test_without_inception_one_sentence_says_what_to_install(monkeypatch, module):
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
-    reason = r"no route to github\.com" if module else ""
-    with pytest.raises(UserError, match=f"--inception: .* pip install torchmetrics .*{reason}"):
-        Inception()
+    for channels in (1, 3):
+        images = torch.randint(0, 256, (150, channels, 8, 8), dtype=torch.uint8)
+        expected = images.float().mean((2, 3)).expand(150, 3)
+        torch.testing.assert_close(inception.extract_features(images), expected)
+    without = types.SimpleNamespace(NoTrainInceptionV3=no_weights)
+    for module, reason in ((None, ""), (without, r"no route to github\.com")):
+        monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
+        with pytest.raises(UserError, match=f"--inception: .* install torchmetrics .*{reason}"):
+            metrics.Inception()
 
 
 # ---- the drawn cats: what the ready classifier must notice ---------------------------------------
@@ -402,12 +363,11 @@ def cats(tmp_path_factory):
     images = torch.cat([render(few[i : i + 64], 32) for i in range(0, len(few), 64)])
     labels = [[ATTRIBUTES[name].index(cat[name]) for name in ATTRIBUTES] for cat in few]
     data = Data("cats", to_uint8(images), ATTRIBUTES, torch.tensor(labels))
-    images, labels, _ = draw(500, 32, start=DRAWN_CATS)
-    held_out = Data("cats", to_uint8(images), ATTRIBUTES, torch.stack([*labels.values()], dim=1))
+    held_out = drawn("cats", 500, 32, DRAWN_CATS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("cats"))
         patch.setattr(metrics, "train_feature_net", None)  # a training would crash
-        return data, held_out, Judge(feature_net(data), data, held_out)
+        return data, held_out, Judge(metrics.feature_net(data), data, held_out)
 
 
 def changed(images, change):
@@ -419,9 +379,8 @@ def tint(channel, amount):
 
 
 def noisy(deviation):
-    return lambda x: (
-        x + deviation * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    )
+    generator = torch.Generator().manual_seed(0)
+    return lambda x: x + deviation * torch.randn(x.shape, generator=generator)
 
 
 def blurred(sigma):
@@ -438,47 +397,31 @@ def glued(data):
     return torch.cat([left[..., :16], right[..., 16:]], dim=-1)
 
 
-@pytest.mark.parametrize("distance", [kernel_distance, frechet_distance])
-def test_blur_noise_tint_and_missing_variety_raise_both_distances(cats, distance):
+def test_blur_noise_tint_and_missing_variety_raise_both_distances(cats):
     data, _, judge = cats
     extract = judge.network.extract_features
     black = data.images[::2][data.labels[::2, 0] == 0]
-    real, others = split(data.images, len(black))
-    b = extract(evenly_spaced(others, 1024))
-    zero, zero_error = jackknife(distance, extract(real), b)
-    worse = {
-        **{"blur": changed(real, blurred(0.6)), "noise": changed(real, noisy(0.06))},
-        **{"tint": changed(real, tint(0, 0.15)), "one fur": black},
-    }
-    for name, images in worse.items():
-        one, error = jackknife(distance, extract(images), b)
-        assert one - zero > 3 * (error**2 + zero_error**2) ** 0.5, (name, one, error, zero)
+    real, others = metrics.split(data.images, len(black))
+    changes = blurred(0.6), noisy(0.06), tint(0, 0.15)
+    worse = [extract(images) for images in (black, *(changed(real, x) for x in changes))]
+    same, b = extract(real), extract(evenly_spaced(others, 1024))
+    for distance in (kernel_distance, frechet_distance):
+        zero, zero_error = jackknife(distance, same, b)
+        for i, features in enumerate(worse):
+            one, error = jackknife(distance, features, b)
+            assert one - zero > 3 * (error**2 + zero_error**2) ** 0.5, (i, one, error, zero)
 
 
-@pytest.mark.parametrize(
-    ("change", "low", "high"),
-    [
-        pytest.param(lambda x: x, 0.97, 1, id="none"),
-        *[pytest.param(tint(i, 0.2), 0, 0.2, id=f"tint {i}") for i in range(3)],
-        pytest.param(noisy(0.08), 0, 0.1, id="noise"),
-        pytest.param(blurred(1.0), 0, 0.1, id="blur"),
-    ],
-)
-def test_drawings_are_clean_and_changed_drawings_are_not(cats, change, low, high):
-    _, held_out, judge = cats
-    features = judge.network.extract_features(changed(held_out.images, change))
-    assert low <= judge.clean(features).float().mean() <= high
-
-
-def test_drawings_of_two_cats_are_seldom_clean(cats):
-    """10 % is the aim (docs/results.md). With all the data the judge is stricter than here."""
-    data, _, judge = cats
-    assert judge.clean(judge.network.extract_features(glued(data)[::4])).float().mean() <= 0.45
-
-
-def test_copies_of_one_cat_are_clean_but_without_variety(cats):
-    _, held_out, judge = cats
+def test_drawings_are_clean_and_mixed_and_changed_drawings_are_not(cats):
+    """Of two cats in one 10 % is the aim: with all the data the judge is stricter than here."""
+    data, held_out, judge = cats
     features = judge.network.extract_features(held_out.images)
-    one = features[judge.clean(features)][:1].expand(100, -1)
-    assert judge.clean(one).all() and min(judge.total_variation(one).values()) > 0.2
+    assert judge.clean(features).float().mean() >= 0.97
     assert max(judge.total_variation(features).values()) < 0.1
+    one = features[judge.clean(features)][:1].expand(100, -1)  # copies of one cat
+    assert judge.clean(one).all() and min(judge.total_variation(one).values()) > 0.2
+    changes = [(tint(channel, 0.2), 0.2) for channel in range(3)]
+    changes = [*changes, (noisy(0.08), 0.1), (blurred(1.0), 0.1)]
+    bad = [(changed(held_out.images, change), most) for change, most in changes]
+    for images, most in [*bad, (glued(data)[::4], 0.45)]:
+        assert judge.clean(judge.network.extract_features(images)).float().mean() <= most

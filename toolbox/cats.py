@@ -10,6 +10,7 @@ All cats of a batch are painted at once: a number of a cat has the shape (n, 1, 
 import functools
 import math
 import random
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ FUR = {
     "white": ((0.97, 0.96, 0.94), (0.82, 0.55, 0.30)),
     "orange": ((0.96, 0.57, 0.12), (0.56, 0.21, 0.03)),
 }
-PATTERN = ("plain", "tabby", "tuxedo", "patched")
 EYES = {"green": (0.40, 0.88, 0.30), "blue": (0.25, 0.66, 1.00), "yellow": (1.00, 0.84, 0.10)}
 BACKGROUND = {
     "blue": (0.36, 0.60, 0.92),
@@ -31,12 +31,12 @@ BACKGROUND = {
 }
 ATTRIBUTES = {
     "fur": tuple(FUR),
-    "pattern": PATTERN,
+    "pattern": ("plain", "tabby", "tuxedo", "patched"),
     "eyes": tuple(EYES),
     "background": tuple(BACKGROUND),
 }
 INVISIBLE = ("white", "tuxedo")  # a white bib cannot be seen on white fur
-COATS = [(fur, pattern) for fur in FUR for pattern in PATTERN if (fur, pattern) != INVISIBLE]
+COATS = [coat for coat in product(FUR, ATTRIBUTES["pattern"]) if coat != INVISIBLE]
 WHITE, PINK, DARK = (0.98, 0.97, 0.95), (0.93, 0.56, 0.58), (0.10, 0.08, 0.10)
 
 # What else varies from cat to cat: name -> (lowest, highest), drawn uniformly.
@@ -69,10 +69,9 @@ def draw(
     cats = [describe(seed, index, attributes) for index in range(start, start + n)]
     chunks = [cats[i : i + 64] for i in range(0, n, 64)]  # 64 at a time fit the processor's cache
     images = torch.cat([torch.zeros(0, 3, size, size), *(render(chunk, size) for chunk in chunks)])
-    labels = {
-        name: torch.tensor([values.index(cat[name]) for cat in cats], dtype=torch.long)
-        for name, values in ATTRIBUTES.items()
-    }
+    labels = {}
+    for name, values in ATTRIBUTES.items():
+        labels[name] = torch.tensor([values.index(cat[name]) for cat in cats], dtype=torch.long)
     return images, labels, [caption(cat) for cat in cats]
 
 
@@ -80,8 +79,8 @@ def describe(seed: int, index: int, wanted: dict[str, str]) -> dict:
     """Everything about one cat: its attributes and its free numbers, by name."""
     rng = random.Random(f"{seed} {index}")
     cat = {name: rng.uniform(low, high) for name, (low, high) in FREE.items()}
-    furs = [coat for coat in COATS if wanted.get("fur", coat[0]) == coat[0]]
-    coats = [coat for coat in furs if wanted.get("pattern", coat[1]) == coat[1]]
+    asked = {wanted[name] for name in ("fur", "pattern") if name in wanted}
+    coats = [coat for coat in COATS if asked <= {*coat}]
     if not coats:
         raise ValueError("a white bib cannot be seen on white fur: choose another fur or pattern")
     cat["fur"], cat["pattern"] = rng.choice(coats)

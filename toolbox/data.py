@@ -124,10 +124,9 @@ def known_set(name: str, size: int, held_out: bool) -> Source:
         try:
             pairs = dataset(CACHE, download=True, **part)
         except Exception as error:  # of the network, of archives, of files: nearly anything
-            raise UserError(
-                f"--data {name}: its download failed ({error}); where there is no internet, put "
-                f"the files of torchvision's {dataset.__name__} into {CACHE / folder}"
-            ) from error
+            advice = f"put the files of torchvision's {dataset.__name__} into {CACHE / folder}"
+            sentence = f"its download failed ({error}); where there is no internet, {advice}"
+            raise UserError(f"--data {name}: {sentence}") from error
         for image, label in tqdm(pairs, desc=f"reading {name}", leave=False):
             caption = pairs.classes[label].split(" - ")[0]  # MNIST's are "0 - zero", ...
             if caption in values:
@@ -155,8 +154,8 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     sub_folders = {path: path.parts[0] if len(path.parts) > 1 else "" for path in images}
     names = tuple(sorted({*sub_folders.values()}))
     classes = {"class": names} if len(names) > 1 and "" not in names else {}
-    for name in names:
-        if classes and ("," in name or not name.isprintable()):
+    for name in names if classes else ():
+        if "," in name or not name.isprintable():
             raise UserError(f"{folder / name}: a class cannot have this name; rename the folder")
 
     def samples() -> Iterator[Sample]:
@@ -219,7 +218,7 @@ def read_image(path: Path, size: int) -> Tensor:
         grey = pil_to_tensor(image.convert("F"))
         whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # fractions have no standard
         white = next((value for value in whites if grey.max() <= value), grey.max())
-        if not ((grey >= 0) & grey.isfinite()).all():
+        if not 0 <= grey.min() <= grey.max() < math.inf:
             raise UserError(f"{path}: not a readable image (negative or infinite values, or NaN)")
         image = to_pil_image((grey * (255 / white)).round().to(torch.uint8))
     image = center_crop_resize(image.convert("RGBA"), size)
@@ -242,8 +241,22 @@ def cached(path: Path, classes: Classes, samples: Iterable[Sample], version: str
 
     They are needed if they are missing, damaged or of another version.
     """
-    if fields := read_cache(path, version):
-        return fields
+    try:
+        fields = torch.load(path.with_suffix(".pt"), weights_only=True)
+        whole = path.stat().st_size == math.prod(fields["shape"]) and fields["version"] == version
+    except Exception:  # missing, or whatever damaged bytes lead to
+        whole = False
+    if not whole:
+        fields = write_cache(path, classes, samples, version)
+    # Mapped: read when used, and memory that others need is given back. Shared: otherwise the
+    # system would set memory aside for changes, and refuse a file larger than the memory.
+    size = math.prod(fields["shape"])
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    known = {name: fields[name] for name in ("classes", "labels", "captions")}
+    return known | {"images": mapped.view(fields["shape"])}
+
+
+def write_cache(path: Path, classes: Classes, samples: Iterable[Sample], version: str) -> dict:
     remove_leftovers(CACHE)
     path.with_suffix(".pt").unlink(missing_ok=True)  # with it the old bytes end, too
     known = []
@@ -263,21 +276,7 @@ def cached(path: Path, classes: Classes, samples: Iterable[Sample], version: str
     }
     with atomic_write(path.with_suffix(".pt")) as temporary:
         torch.save(fields, temporary)
-    return read_cache(path, version)
-
-
-def read_cache(path: Path, version: str) -> dict | None:
-    try:
-        fields = torch.load(path.with_suffix(".pt"), weights_only=True)
-        shape = fields.pop("shape")
-        if fields.pop("version") != version or path.stat().st_size != math.prod(shape):
-            return None
-    except Exception:  # missing, or whatever damaged bytes lead to
-        return None
-    # Mapped: read when used, and memory that others need is given back. Shared: otherwise the
-    # system would set memory aside for changes, and refuse a file larger than the memory.
-    mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.uint8)
-    return fields | {"images": mapped.view(shape)}
+    return fields
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -24,10 +24,8 @@ def pick_device(name: str | None = None) -> torch.device:
         name = next(name for name in candidates if error_of(name) is None)
     name = cuda if name == "cuda" else name
     if error := error_of(name):
-        raise UserError(
-            f"--device {name}: this machine has no such device, or PyTorch cannot use it; "
-            "try --device cpu"
-        ) from error
+        advice = "this machine has no such device, or PyTorch cannot use it; try --device cpu"
+        raise UserError(f"--device {name}: {advice}") from error
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)
     return torch.device(name)

@@ -100,43 +100,39 @@ def check_number(flag: str, number: float, low: float, high: float = math.inf) -
 
 
 def lock_folder(folder: Path) -> None:
-    """Until this process ends no other may write there; a dead one's lock is taken over."""
+    """Until this process ends no other may write there; a dead one's lock is taken over.
+
+    What dead ones have left is removed.
+    """
     path, mine = folder / "lock", f"{os.getpid()} {socket.gethostname()}"
     with system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with open(path, "x", encoding="utf-8") as file:  # fails if the file exists
-                file.write(mine)
+            path.open("x").close()  # fails if the file exists
         except FileExistsError:
-            lock = path.read_text("utf-8", "replace")
-            pid, _, host = lock.partition(" ")
-            here = host == socket.gethostname() and pid.isdigit()
-            if lock != mine and here and process_alive(int(pid)):
-                raise UserError(
-                    f"another training, process {pid}, is using {folder}: use another --out, or "
-                    f"wait for it (if it is none, delete {path})"
-                ) from None
+            pid, _, host = (lock := path.read_text("utf-8", "replace")).partition(" ")
+            if lock != mine and host == socket.gethostname() and process_alive(pid):
+                advice = f"use another --out, or wait for it (if it is none, delete {path})"
+                sentence = f"another training, process {pid}, is using {folder}: {advice}"
+                raise UserError(sentence) from None
             if lock != mine:
                 print(f"took over {folder}: process {pid} no longer runs here", flush=True)
-            path.write_text(mine, "utf-8")
+        path.write_text(mine, "utf-8")
     atexit.register(path.unlink, missing_ok=True)
+    remove_leftovers(folder)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Temporary files (see atomic_write) of processes that were killed."""
     for path in folder.glob("*.tmp"):
-        pid = path.name.split(".")[-2]
-        if not pid.isdigit() or not process_alive(int(pid)):
+        if not process_alive(path.name.split(".")[-2]):
             path.unlink(missing_ok=True)
 
 
-def process_alive(pid: int) -> bool:
-    if os.name == "nt":  # nothing that only asks: assume the best
-        return True
+def process_alive(pid: str) -> bool:
     try:
-        os.kill(pid, 0)  # signal 0 is only a question
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
+        if os.name != "nt":  # there nothing only asks: assume the best
+            os.kill(int(pid), 0)  # signal 0 is only a question
+    except (OSError, ValueError, OverflowError) as error:
+        return isinstance(error, PermissionError)  # another user's
     return True

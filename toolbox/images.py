@@ -1,7 +1,6 @@
 """Image files: single images, grids, GIFs, and the plots of a training."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -9,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from processes import NoiseSchedule, add_noise
+from processes import Network, NoiseSchedule, add_noise
 from toolbox.data import to_uint8
 from toolbox.files import UserError, atomic_write
 
 matplotlib.use("Agg")  # draw into files, no window
 import matplotlib.pyplot as plt
 
+Levels = dict[int, float]  # time step -> loss
 MIN_PIXELS = 96  # images of a grid are enlarged to at least this size, by a whole number
 LOWEST_LOSS = 1e-4  # on plots: in pure noise there is nothing to predict, and the loss falls to 0
 
@@ -26,8 +27,7 @@ def to_image(image: Tensor) -> Image.Image:
     """(C, H, W) in [-1, 1], one channel or three -> an image of Pillow's."""
     if not image.isfinite().all():
         raise UserError("the sampled image has NaN in it: are the model's weights damaged?")
-    pixels = to_uint8(image.cpu()).permute(1, 2, 0)
-    return Image.fromarray((pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).numpy())
+    return to_pil_image(to_uint8(image.cpu()))
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
@@ -48,13 +48,11 @@ def save_image(image: Image.Image, path: Path) -> None:
         image.save(temporary, format="PNG")
 
 
-def save_gif(
-    frames: list[Image.Image], path: Path, seconds: float = 4.0, hold: float = 2.0
-) -> None:
-    """The frames play in `seconds`; the last one stays for `hold`; then it starts again."""
-    each = max(20, int(1000 * seconds / len(frames)))  # milliseconds
+def save_gif(frames: list[Image.Image], path: Path) -> None:
+    """The frames play in 4 seconds; the last one stays for 2 more; then it starts again."""
     first, *rest = (frame.convert("RGB").quantize(128) for frame in frames)
-    options = {"append_images": rest, "duration": [each] * len(rest) + [int(1000 * hold)]}
+    milliseconds = [max(20, 4000 // len(frames))] * len(rest) + [2000]
+    options = {"append_images": rest, "duration": milliseconds}
     with atomic_write(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, loop=0, **options)
 
@@ -65,10 +63,10 @@ def save_plot(figure: plt.Figure, path: Path, dpi: int = 100) -> None:
     plt.close(figure)
 
 
-def plot_training(history: list[tuple[int, float]], levels: dict[int, float], path: Path) -> None:
-    """Left: the loss during training, (step, loss). Right, if known: time step -> loss."""
-    figure, axes = plt.subplots(1, 2 if levels else 1, figsize=(10, 3.5), layout="constrained")
-    left, *right = axes.flat if levels else [axes]
+def plot_training(history: list[tuple[int, float]], levels: Levels, path: Path) -> None:
+    """Left: the loss during training, (step, loss). Right, if known: that by noise level."""
+    options = {"figsize": (10, 3.5), "layout": "constrained", "squeeze": False}
+    figure, ((left, *right),) = plt.subplots(1, 2 if levels else 1, **options)
     left.plot(*zip(*history, strict=True))
     left.set(xlabel="training step", ylabel="loss", yscale="log")
     left.grid(alpha=0.3)
@@ -77,7 +75,7 @@ def plot_training(history: list[tuple[int, float]], levels: dict[int, float], pa
     save_plot(figure, path)
 
 
-def plot_levels(axes: plt.Axes, curves: dict[str, dict[int, float]], title: str) -> None:
+def plot_levels(axes: plt.Axes, curves: dict[str, Levels], title: str) -> None:
     for name, levels in curves.items():
         axes.plot(list(levels), list(levels.values()), marker="o", markersize=3, label=name)
     axes.set(xlabel="time step t (0: clean, T: pure noise)", yscale="log", title=title)
@@ -87,12 +85,7 @@ def plot_levels(axes: plt.Axes, curves: dict[str, dict[int, float]], title: str)
 
 
 @torch.no_grad()
-def loss_by_level(
-    predict_noise: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    schedule: NoiseSchedule,
-    levels: int = 10,
-) -> dict[int, float]:
+def loss_by_level(predict_noise: Network, x0: Tensor, schedule: NoiseSchedule, levels=10) -> Levels:
     """Mean squared error at `levels` time steps; every call uses the same noise."""
     result, generator = {}, torch.Generator().manual_seed(0)
     for level in torch.linspace(0, schedule.T - 1, levels).long().tolist():
@@ -104,7 +97,7 @@ def loss_by_level(
 
 
 def plot_evaluation(
-    levels: dict[str, dict[int, float]],
+    levels: dict[str, Levels],
     samples: Tensor,
     neighbours: Tensor,
     distances: dict[str, Tensor],
@@ -117,16 +110,14 @@ def plot_evaluation(
     plot_levels(panels["loss"], levels, "mean squared error, held-out images")
     for name, distance in distances.items():
         panels["copies"].hist(distance.numpy(), bins=25, alpha=0.5, density=True, label=name)
-    panels["copies"].set(
-        xlabel="RMS difference, of 255", yticks=[], title="distance to the nearest training image"
-    )
+    panels["copies"].set(title="distance to the nearest training image", yticks=[])
+    panels["copies"].set_xlabel("RMS difference, of 255")
     panels["copies"].legend()
     columns = min(16, len(samples))
     n = min(64, len(samples) // columns * columns)  # full rows only, so that pairs share a column
-    pairs = zip(samples[:n].split(columns), neighbours[:n].split(columns), strict=True)
-    rows = torch.cat([torch.cat(pair) for pair in pairs])
-    image = to_image(make_grid(rows, nrow=columns, padding=2, pad_value=1.0))
-    panels["images"].imshow(image, cmap="gray")
+    pairs = [x[:n].unflatten(0, (-1, columns)) for x in (samples, neighbours)]
+    image = to_image(make_grid(torch.stack(pairs, dim=1).flatten(0, 2), nrow=columns, pad_value=1))
+    panels["images"].imshow(image)
     panels["images"].set(title="samples, and below each one the nearest training image")
     panels["images"].axis("off")
     save_plot(figure, path, dpi=110)

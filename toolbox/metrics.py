@@ -6,14 +6,15 @@ uint8 (N, C, H, W), as in Data; "math.md (14)" is an equation of docs/math.md.
 """
 
 import io
-import time
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation as Conv
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
@@ -44,13 +45,9 @@ class FeatureNet(nn.Module):
         super().__init__()
         self.questions = questions  # name -> number of answers
 
-        def conv(c_in: int, c_out: int, stride: int = 1) -> nn.Module:
-            weights = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-            return nn.Sequential(weights, nn.BatchNorm2d(c_out), nn.ReLU())
-
-        self.body = nn.Sequential(
-            *(conv(channels, 32), conv(32, 32), conv(32, 64, stride=2), conv(64, 64)),
-            *(conv(64, 128, stride=2), conv(128, FEATURES // 2)),
+        self.body = nn.Sequential(  # of 3x3 convolutions, each with BatchNorm and ReLU
+            *(Conv(channels, 32), Conv(32, 32), Conv(32, 64, stride=2), Conv(64, 64)),
+            *(Conv(64, 128, stride=2), Conv(128, FEATURES // 2)),
         )
         self.heads = nn.Linear(FEATURES, sum(questions.values()))
 
@@ -94,12 +91,12 @@ def feature_net(data: Data) -> FeatureNet:
     """
     mean = from_uint8(data.images[:: len(data.images) // 1000 + 1]).mean(0)
     questions, name = questions_of(data), f"features/{data.name}-{data.size}.pt"
-    for path in (PRETRAINED / name, CACHE / name):
-        stored = read(path) if path.exists() else {"mean": torch.empty(0)}
-        if stored["mean"].shape != mean.shape or (stored["mean"] - mean).abs().max() >= 0.01:
-            continue
-        same_names = stored.get("classes", data.classes) == data.classes
-        if same_names and [*stored["network"]["answers"].values()] == [*questions.values()]:
+    for path in filter(Path.exists, (PRETRAINED / name, CACHE / name)):
+        stored = read(path)
+        counts = [*stored["network"]["answers"].values()]
+        same = counts == [*questions.values()] and stored["mean"].shape == mean.shape
+        same = same and stored.get("classes", data.classes) == data.classes
+        if same and (stored["mean"] - mean).abs().max() < 0.01:
             network = FeatureNet(data.channels, questions)
             network.load_state_dict(stored["weights"])
             return network.eval()
@@ -128,11 +125,8 @@ def train_feature_net(data: Data, steps: int = 600, batch: int | None = None) ->
         torch.manual_seed(0)
         network = FeatureNet(data.channels, questions_of(data))
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-        start = time.perf_counter()
-        for step in tqdm(range(steps), desc="training the classifier", leave=False):
-            if step == 5:
-                minutes = (time.perf_counter() - start) / 5 * steps / 60
-                tqdm.write(f"training a classifier, once for this data: about {minutes:.1f} min")
+        tqdm.write("training a classifier, once for this data")
+        for step in tqdm(range(steps), desc="training", leave=False):
             optimizer.param_groups[0]["lr"] = 3e-3 * min((step + 1) / 50, 1 - step / steps)
             place = torch.randint(len(order), (batch,))
             chosen, partners = order[place], order[place - 1]
@@ -161,12 +155,13 @@ def corrupt(image: Tensor, kind: str, other: Tensor) -> Tensor:
         return from_uint8(pil_to_tensor(Image.open(file)))
     if kind in ("moved", "pasted"):
         height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
-        top, left = (torch.randint(size - side + 1, ()) for side in (height, width))
+        top, left = (int(torch.randint(size - side + 1, ())) for side in (height, width))
         if kind == "moved":
             other = image.roll(torch.randint(1, size, (2,)).tolist(), (1, 2))
-        inside = torch.zeros(size, size, dtype=torch.bool)
-        inside[top : top + height, left : left + width] = True
-        return torch.where(inside, other, image)
+        inside = ..., slice(top, top + height), slice(left, left + width)
+        image = image.clone()
+        image[inside] = other[inside]
+        return image
     if kind == "lines":
         period = int(torch.randint(2, 5, ()))
         lines = (torch.arange(size) % period < period / 2).float() * 2 - 1
@@ -175,7 +170,7 @@ def corrupt(image: Tensor, kind: str, other: Tensor) -> Tensor:
     if kind == "faded":
         grey = image.mean(0, keepdim=True) if len(image) == 3 else torch.zeros(1)
         target = grey if torch.rand(()) < 0.5 else torch.zeros(1)
-        return image.lerp(target.expand_as(image), float(0.1 + 0.15 * torch.rand(())))
+        return image.lerp(target, 0.1 + 0.15 * torch.rand(()))
     return image
 
 

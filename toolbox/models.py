@@ -37,10 +37,8 @@ def model_config(
     """What rebuilds and runs the network, in numbers, words and lists; `more` is kept as it is."""
     make = SCHEDULES.get(schedule.name)
     if make is None or not torch.equal(make(schedule.T).alpha_bar, schedule.alpha_bar):
-        raise ValueError(
-            f"a model file cannot describe the schedule {schedule.name!r}: expected what "
-            f"NoiseSchedule.{schedule.name}(T) makes, a classmethod of processes.py"
-        )
+        expected = f"expected what NoiseSchedule.{schedule.name}(T) makes, a classmethod"
+        raise ValueError(f"a model file cannot describe the schedule {schedule.name!r}: {expected}")
     return {
         "format": FORMAT,
         "network": network.config,
@@ -72,8 +70,10 @@ def load_model(
     if not isinstance(content, dict) or content.get("format") not in (2, FORMAT):
         raise UserError(f"{path}: expected a model.pt of this repository (format {FORMAT})")
     try:
-        check_bounds({key: value for key, value in content.items() if key != "weights"})
-        weights, config = check_weights(content.pop("weights")), content["network"]
+        weights = content.pop("weights")
+        check_weights(weights)
+        check_bounds(content)
+        config = content["network"]
         if content["format"] == 2:
             config = {FORMAT_2.get(key, key): value for key, value in config.items()}
             config = {k: v for k, v in config.items() if k != "context_width" or v is not None}
@@ -90,17 +90,15 @@ def load_model(
         raise UserError(f"{path}: this file is damaged ({error!r:.99}); use another one") from error
     if ("classes" in config) != (make is not UNet):
         program = "sample.py" if make is not UNet else "-m latent_ext.generate"
-        raise UserError(
-            f"{path}: expected another kind of model; use python {program} for this one"
-        )
+        advice = f"use python {program} for this one"
+        raise UserError(f"{path}: expected another kind of model; {advice}")
     with same_network(path):
         inspect.signature(make).bind(**config)
     with torch.device("meta"):  # shapes only: the weights are those of the file
         network = make(**config)
-    own = network.state_dict()
-    if content["format"] == 2 and len(weights) == len(own):
-        weights = dict(zip(own, weights.values(), strict=True))  # other names, the same order
     with same_network(path):
+        if content["format"] == 2:  # other names, the same order
+            weights = dict(zip(network.state_dict(), weights.values(), strict=True))
         network.load_state_dict(weights, assign=True)
     return network.float().to(device).eval(), schedule, content
 
@@ -112,10 +110,8 @@ def same_network(path: Path) -> Iterator[None]:
         yield
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: made by another network than unet.py now describes ({reason:.200}); "
-            "train anew, or undo the change"
-        ) from error
+        sentence = f"made by another network than unet.py now describes ({reason:.200})"
+        raise UserError(f"{path}: {sentence}; train anew, or undo the change") from error
 
 
 def check_bounds(value: object) -> None:
@@ -124,18 +120,15 @@ def check_bounds(value: object) -> None:
         if isinstance(part, dict | list):
             check_bounds(part)
         elif not isinstance(part, int | str | None):
-            raise ValueError(
-                f"expected whole numbers, words and lists, got a {type(part).__name__}"
-            )
+            raise ValueError(f"expected whole numbers, words and lists, got {type(part)}")
         elif type(part) is int and not 1 <= part <= 10_000:
             raise ValueError(f"expected numbers from 1 to 10,000, got {part:.3g}")
 
 
-def check_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def check_weights(weights: dict[str, Tensor]) -> None:
     for name, w in weights.items():
         if w.numel() * w.itemsize > w.untyped_storage().nbytes() or not w.isfinite().all():
             raise ValueError(f"{name}: not all of its numbers are there and finite")
-    return weights
 
 
 def predict_noise_of(network: nn.Module, schedule: NoiseSchedule, config: dict) -> Callable:
@@ -155,13 +148,11 @@ def find_model(name: str | Path) -> Path:
         return path
     if str(name) in ready:
         return ready[str(name)]
-    near = difflib.get_close_matches(str(name), ready, n=1)
-    hint = f"did you mean {near[0]}?" if near else ""
-    if (path / "model.pt").is_file():
-        hint = f"did you mean {path / 'model.pt'}?"
-    raise UserError(
-        f"--model {name}: no such model file; {hint} ready models: {', '.join(ready) or 'none'}"
-    )
+    inside = [path / "model.pt"] if (path / "model.pt").is_file() else []
+    near = inside + difflib.get_close_matches(str(name), ready, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    hint += f"ready models: {', '.join(ready) or 'none'}"
+    raise UserError(f"--model {name}: no such model file; {hint}")
 
 
 def read(path: Path) -> object:
@@ -192,7 +183,6 @@ def verify_checksum(path: Path) -> None:
     listed = {name: checksum for checksum, name in (line.split(maxsplit=1) for line in lines)}
     checksum = hashlib.sha256(path.read_bytes()).hexdigest()
     if listed.get(path.relative_to(PRETRAINED).as_posix(), checksum) != checksum:
-        raise UserError(
-            f"{path}: this is not the ready model that models/SHA256SUMS lists; `git checkout` "
-            "brings that one back, a model of your own belongs elsewhere"
-        )
+        advice = "`git checkout` brings that one back, a model of your own belongs elsewhere"
+        sentence = "this is not the ready model that models/SHA256SUMS lists"
+        raise UserError(f"{path}: {sentence}; {advice}")

@@ -13,13 +13,7 @@ class Muon(torch.optim.Optimizer):
     would hardly move. A convolution's kernel is the matrix (c_out, c_in * height * width).
     """
 
-    def __init__(
-        self,
-        weights: Iterable[Tensor],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
-    ):
+    def __init__(self, weights: Iterable[Tensor], lr: float, momentum=0.95, weight_decay=0.01):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -27,9 +21,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
             for w in group["params"]:
-                if w not in self.state:
-                    self.state[w]["average"] = torch.zeros_like(w)
-                average = self.state[w]["average"]
+                average = self.state[w].setdefault("average", torch.zeros_like(w))
                 average.lerp_(w.grad, 1 - momentum)
                 ahead = w.grad.lerp(average, momentum).flatten(1)  # Nesterov's momentum
                 # Its numbers are about 1 / sqrt(the longer side); AdamW's steps are usually about

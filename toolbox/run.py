@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,19 +22,13 @@ from tqdm import tqdm
 
 from toolbox.data import Data
 from toolbox.device import PROCESSES, RANK, all_reduce_mean, tune_malloc
-from toolbox.files import (
-    UserError,
-    atomic_write,
-    check_number,
-    check_writable,
-    lock_folder,
-    remove_leftovers,
-)
+from toolbox.files import UserError, atomic_write, check_number, lock_folder
 from toolbox.models import read, same_network, save_model, write
 
 PREVIEWS = 5  # how often a run shows what it has learned,
 MIN_PREVIEW_STEPS = 100  # but not more often than this
 SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
+RESUMED = ("precision", "step", "history", "recent")  # of a Run, besides weights and optimizers
 
 
 def generator_for(seed: int, step: int) -> torch.Generator:
@@ -41,6 +36,7 @@ def generator_for(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
 
 
+@dataclass
 class Run:
     """One training in one folder: `for x0 in run.batches(): ...; run.log(loss)`.
 
@@ -49,45 +45,42 @@ class Run:
     for several processes; `network` and `ema` hold the weights.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        network: nn.Module,
-        ema: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        data: Data,
-        config: dict,
-        settings: dict,
-        steps: int,
-        batch: int,
-        seed: int,
-        device: torch.device,
-        precision: str | None = None,
-    ):
-        check_number("--steps", steps, 1)
-        check_number("--batch", batch, 1, 2**20)
-        if batch % PROCESSES:
-            raise UserError(f"--batch {batch}: expected a multiple of {PROCESSES}, the processes")
-        self.folder, self.network, self.ema, self.optimizers = folder, network, ema, optimizers
-        self.data, self.config, self.seed, self.device = data, config, seed, device
-        self.settings = config | settings | {"batch": batch, "seed": seed}
-        self.steps, self.batch, self.shard = steps, batch, batch // PROCESSES
-        self.precision = precision
+    folder: Path
+    network: nn.Module
+    ema: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    data: Data
+    config: dict
+    settings: dict
+    steps: int
+    batch: int
+    seed: int
+    device: torch.device
+    precision: str | None = None
+
+    def __post_init__(self):
+        check_number("--steps", self.steps, 1)
+        check_number("--batch", self.batch, 1, 2**20)
+        if self.batch % PROCESSES:
+            sentence = f"expected a multiple of {PROCESSES}, the processes"
+            raise UserError(f"--batch {self.batch}: {sentence}")
+        self.settings = self.config | self.settings | {"batch": self.batch, "seed": self.seed}
+        self.shard = self.batch // PROCESSES
         self.step = self.saved_step = 0
         self.history: list[tuple[int, float]] = []  # (step, mean loss since the entry before)
         self.recent: list[float] = []
         self.stop_requested = False
         tune_malloc()
         self.resume()
-        self.model = DistributedDataParallel(network) if PROCESSES > 1 else network
+        self.model = DistributedDataParallel(self.network) if PROCESSES > 1 else self.network
 
     def batches(self) -> Iterator[Tensor]:
         """For each step that is left, this process's shard of a batch: (B, C, H, W) in [-1, 1].
 
         The images are drawn at random, and half of them flipped if the data allows it.
         """
-        signals = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, self.request_stop) for number in signals}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = [(n, signal.signal(n, self.request_stop)) for n in numbers]
         self.saved_at = time.monotonic()
         total, done = self.steps * self.batch, self.step * self.batch
         self.bar = tqdm(total=total, initial=done, unit="img", unit_scale=True, disable=RANK > 0)
@@ -100,7 +93,7 @@ class Run:
                 yield x0.to(self.device)
         finally:
             self.bar.close()
-            for number, handler in handlers.items():
+            for number, handler in handlers:
                 signal.signal(number, handler)
         if self.step > self.saved_step:
             self.save()
@@ -151,19 +144,12 @@ class Run:
         if RANK > 0:
             return
         save_model(self.folder / "model.pt", self.ema, self.config)
+        lines = ["step,loss\n", *(f"{step},{loss:.6f}\n" for step, loss in self.history)]
         with atomic_write(self.folder / "log.csv") as temporary:
-            lines = [f"{step},{loss:.6f}\n" for step, loss in self.history]
-            temporary.write_text("step,loss\n" + "".join(lines))
-        content = {
-            "settings": self.settings,
-            "precision": self.precision,
-            "step": self.step,
-            "history": self.history,
-            "recent": self.recent,
-            "network": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
+            temporary.write_text("".join(lines))
+        content = {name: getattr(self, name) for name in ("settings", *RESUMED)}
+        content |= {"network": self.network.state_dict(), "ema": self.ema.state_dict()}
+        content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         write(self.folder / "resume.pt", content)  # last: once it is there, all is there
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
@@ -175,8 +161,6 @@ class Run:
             self.check_settings(content)
         if RANK == 0:
             lock_folder(self.folder)
-            check_writable(self.folder / "log.csv")
-            remove_leftovers(self.folder)
         if content is None:
             return
         with same_network(path):
@@ -184,9 +168,8 @@ class Run:
             self.ema.load_state_dict(content["ema"])
             for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        self.precision = content["precision"]
-        self.history, self.recent = content["history"], content["recent"]
-        self.step = self.saved_step = content["step"]
+        vars(self).update({name: content[name] for name in RESUMED})
+        self.saved_step = self.step
 
     def check_settings(self, content: object) -> None:
         advice = "use another --out for a new run"
@@ -196,10 +179,9 @@ class Run:
         now = self.settings | {"precision": self.precision or before["precision"]}
         for name in before | now:
             if before.get(name) != now.get(name):
-                raise UserError(
-                    f"{self.folder} holds a run with {name} = {before.get(name)}, and now it is "
-                    f"{now.get(name)}: {advice}, or the same settings to resume that one"
-                )
+                both = f"{name} = {before.get(name)}, and now it is {now.get(name)}"
+                advice += ", or the same settings to resume that one"
+                raise UserError(f"{self.folder} holds a run with {both}: {advice}")
 
     def request_stop(self, *_: object) -> None:
         self.stop_requested = True

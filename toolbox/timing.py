@@ -11,10 +11,10 @@ import torch
 from toolbox.device import PROCESSES, all_reduce_mean
 from toolbox.run import Run
 
+Work = Callable[[str], None]  # in this precision
 
-def announce(
-    run: Run, step: Callable[[str], None], preview_call: Callable[[str], None], preview_calls: int
-) -> None:
+
+def announce(run: Run, step: Work, preview_call: Work, preview_calls: int) -> None:
     """Time whole steps in float32 and bfloat16, take the faster, and say what will happen."""
     if run.step >= run.steps:
         print(f"{run.folder} holds this training, finished after {run.step} steps: more")
@@ -41,9 +41,7 @@ def announce(
         run.network.compile()  # takes a minute or two, so only a longer run gains
 
 
-def median_seconds(
-    run: Run, work: Callable[[str], None], precision: str, limit: float = math.inf
-) -> float:
+def median_seconds(run: Run, work: Work, precision: str, limit: float = math.inf) -> float:
     """Median seconds of `work`; one try is enough if that is beyond the limit."""
     seconds = []
     try:
