@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw; several: one row for each")
     add("--model", help=f"path or ready name (default: {OWN_MODEL}, else latent-cats)")
     add("--n", type=int, default=4, help="images of each prompt (default: 4)")
-    add("--guidance", type=float, help="by the prompt (default: 3, Stable Diffusion 7.5)")
+    add("--guidance", type=float, help="weight of the prompt (default: 3, Stable Diffusion 7.5)")
     add("--negative", default="", metavar="TEXT", help="what the images must not show")
     add("--size", type=int, help="pixels (default: as the model was trained)")
     add("--steps", type=int, default=50, help="network calls for each image (default: 50)")

@@ -60,24 +60,21 @@ def test_a_token_sees_those_before_it_only():
         text(torch.zeros(1, 13, dtype=torch.long))
 
 
+EMBEDDINGS = "vision_model.embeddings"
+REST = {
+    "image.patches": f"{EMBEDDINGS}.patch_embedding",
+    "image.norm_out": "vision_model.post_layernorm",
+    "image_projection": "visual_projection",
+}
+
+
 def their_clip_name(name):
     encoder, _, rest = name.partition(".")
     if encoder == "text":
         return f"text_model.{their_text_name(rest)}"
     if rest.startswith("layers."):
         return f"vision_model.{their_text_name(rest)}"
-    return oracles.renamed(name, REST) if rest.endswith(("weight", "bias")) else REST[name]
-
-
-REST = {
-    "image.patches": "vision_model.embeddings.patch_embedding",
-    "image.class_token": "vision_model.embeddings.class_embedding",
-    "image.position": "vision_model.embeddings.position_embedding.weight",
-    "image.norm_out": "vision_model.post_layernorm",
-    "text_projection": "text_projection",
-    "image_projection": "visual_projection",
-    "logit_scale": "logit_scale",
-}
+    return oracles.renamed(name, REST)
 
 
 def clip_pair():
@@ -92,7 +89,8 @@ def clip_pair():
     theirs.vision_model.pre_layrnorm = torch.nn.Identity()
     theirs.vision_model.embeddings.patch_embedding = torch.nn.Conv2d(3, 32, 4, stride=4).double()
     weights = {their_clip_name(name): w for name, w in ours.state_dict().items()}
-    weights[REST["image.class_token"]] = ours.image.class_token.flatten()
+    weights[f"{EMBEDDINGS}.class_embedding"] = weights.pop("image.class_token").flatten()
+    weights[f"{EMBEDDINGS}.position_embedding.weight"] = weights.pop("image.position")
     theirs.load_state_dict(weights)
     return ours, theirs
 
