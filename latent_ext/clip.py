@@ -58,24 +58,21 @@ class Tokenizer:
         return cls(rules, length or min(max(20, longest + 2), 77))
 
     @classmethod
-    def of_clip(
-        cls, merges: Sequence[str], vocabulary: dict[str, int] | None = None, length: int = 77
-    ) -> "Tokenizer":
+    def of_clip(cls, merges: Sequence[str], vocabulary: dict[str, int], length: int) -> "Tokenizer":
         """CLIP's: byte-pair encoding. A line of merges ("th e</w>") joins two tokens into one.
 
-        </w> ends a word. Without a vocabulary the tokens are numbered in the order of CLIP's.
+        </w> ends a word. Where the vocabulary is empty, tokens are numbered in CLIP's order.
         """
-        if vocabulary is None:
+        if not vocabulary:
             alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
             joined = [line.replace(" ", "") for line in merges]
             tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *joined, START, END]
             vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [tuple(line.split(" ")) for line in merges]
         rules = Rules(models.BPE(vocabulary, pairs, unk_token=END, end_of_word_suffix="</w>"))
-        spaces = normalizers.Replace(Regex(r"\s+"), " ")
-        rules.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), spaces, normalizers.Lowercase()]
-        )
+        to_spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        steps = [normalizers.NFC(), to_spaces, normalizers.Lowercase()]
+        rules.normalizer = normalizers.Sequence(steps)
         pieces = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
         to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
         rules.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
@@ -92,7 +89,7 @@ class Tokenizer:
                 rules.encode("?")  # fails where unknown words have no token
                 return cls(rules, length)
             path = folder / "vocab.json"
-            vocabulary = json.loads(path.read_text("utf-8")) if path.exists() else None
+            vocabulary = json.loads(path.read_text("utf-8")) if path.exists() else {}
             path = folder / "merges.txt"
             merges = path.read_text("utf-8").split("\n")[1:]  # the first line is a title
             return cls.of_clip([line for line in merges if line], vocabulary, length)
@@ -145,27 +142,16 @@ class TextEncoder(nn.Module):
 
     Causal, as CLIP was trained, though no text is generated here: the END token sees the whole text
     in any case. Padding is not masked: the weights of CLIP and Stable Diffusion expect that.
+    hidden: width inside of the feed-forward networks, by default 4 times that of the tokens.
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        length: int,
-        hidden: int | None = None,
+        self, vocab_size: int, width: int, layers: int, heads: int, length: int, hidden: int = 0
     ):
         super().__init__()
         hidden = hidden or 4 * width
-        self.config = {
-            "vocab_size": vocab_size,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "length": length,
-            "hidden": hidden,
-        }
+        self.config = {"vocab_size": vocab_size, "width": width, "layers": layers, "heads": heads}
+        self.config |= {"length": length, "hidden": hidden}
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(length, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)

@@ -1,4 +1,8 @@
-"""Draw what a text says: `python -m latent_ext.generate "an orange cat with green eyes"`."""
+"""Draw what a text says: `python -m latent_ext.generate "an orange cat with green eyes"`.
+
+MODEL is a folder in diffusers' layout, Stable Diffusion's single file, a model.pt of
+`latent_ext.train classes`, or the name of a ready model.
+"""
 
 import argparse
 from pathlib import Path
@@ -28,17 +32,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw; several: one row for each")
-    add(
-        "--model",
-        help="a folder in diffusers' layout, Stable Diffusion's single file, a model.pt of "
-        f"`latent_ext.train classes`, or a ready model (default: {OWN_MODEL}, else latent-cats)",
-    )
+    add("--model", help=f"path or ready name (default: {OWN_MODEL}, else latent-cats)")
     add("--n", type=int, default=4, help="images of each prompt (default: 4)")
-    add(
-        "--guidance",
-        type=float,
-        help="how closely to follow the prompt (default: 3, Stable Diffusion 7.5)",
-    )
+    add("--guidance", type=float, help="weight of the prompt (default: 3, Stable Diffusion 7.5)")
     add("--negative", default="", metavar="TEXT", help="what the images must not show")
     add("--size", type=int, help="pixels (default: as the model was trained)")
     add("--steps", type=int, default=50, help="network calls for each image (default: 50)")
@@ -71,12 +67,9 @@ def main() -> None:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     pipeline = load_pipeline(model, device, dtype)
     stable_diffusion = pipeline.spacing == "leading"  # else a model trained here
-    parser.set_defaults(
-        guidance=7.5 if stable_diffusion else 3.0,
-        eta=0.0 if stable_diffusion else 1.0,
-        size=pipeline.size,
-        strength=0.75 if args.init_image and not args.mask else 1.0,
-    )
+    guidance, eta = (7.5, 0.0) if stable_diffusion else (3.0, 1.0)
+    strength = 0.75 if args.init_image and not args.mask else 1.0
+    parser.set_defaults(guidance=guidance, eta=eta, strength=strength, size=pipeline.size)
     args = parser.parse_args()  # again, with the model's own defaults
     check_number("--guidance", args.guidance, 0, 100)
     check_number("--eta", args.eta, 0, 1)
@@ -88,15 +81,15 @@ def main() -> None:
     timesteps = pipeline.timesteps(args.steps, args.strength)
     check_prompts(pipeline, [*args.prompts, args.negative])
 
-    options = {"negative": args.negative, "steps": args.steps, "guidance_scale": args.guidance}
-    options |= {"eta": args.eta}
-    options |= {"strength": args.strength} if args.init_image else {"size": args.size}
+    options = {"negative": args.negative, "guidance_scale": args.guidance}
+    options |= {"steps": args.steps, "eta": args.eta}
     draw, given = text_to_image, []
     if args.init_image:
         draw, given = image_to_image, [read(args.init_image, args.size, pipeline.image_channels)]
     if args.mask:
         draw, given = inpaint, [*given, read(args.mask, args.size, 1) / 2 + 0.5]
         check_same_shape(args.init_image, args.mask)
+    options |= {"strength": args.strength} if given else {"size": args.size}
 
     seeds = range(args.seed, args.seed + args.n)
     wanted = [(prompt, seed) for prompt in args.prompts for seed in seeds]
@@ -162,10 +155,7 @@ def check_same_shape(image: Path, mask: Path) -> None:
 
 def read(path: Path, size: int, channels: int) -> Tensor:
     """A file of any mode and size -> its centre, (1, channels, size, size) in [-1, 1]."""
-    try:
-        image = from_uint8(read_image(path, size))
-    except Exception as error:  # Pillow raises nearly anything on a broken file
-        raise UserError(f"{path}: expected an image ({error})") from error
+    image = from_uint8(read_image(path, size))
     return (image if channels == 3 else image.mean(dim=0, keepdim=True))[None]
 
 

@@ -1,28 +1,27 @@
 """Class-conditional networks, and classifier-free guidance, which strengthens a condition."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from latent_ext.attention import SpatialTransformer
+from processes import Network
 from toolbox.files import UserError
 from unet import UNet
 
 
 def guided(
-    predict_noise: Callable[[Tensor, Tensor, Tensor], Tensor],
-    context: Tensor,
-    null_context: Tensor,
-    guidance_scale: float = 1.0,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A predict_noise(x_t, t) for `sample` (Ho & Salimans 2021, eq. 6). math.md (18)
+    predict_noise: Network, context: Tensor, null_context: Tensor, guidance_scale: float = 1.0
+) -> Network:
+    """predict_noise(x_t, t, context) -> predict_noise(x_t, t), which `sample` needs. math.md (18)
 
     context (B, ...): the condition of each image. null_context (1 or B, ...): what stood in its
     place where training dropped it, or what an image must not be (a negative prompt).
-    guidance_scale 1 is no guidance, 0 ignores the condition; the paper's w is guidance_scale - 1.
+    guidance_scale 1 is no guidance, 0 ignores the condition; w of Ho & Salimans 2021, eq. 6, is
+    guidance_scale - 1.
     """
     null_context = null_context.expand_as(context)
     if guidance_scale in (0, 1):  # one of the two answers is the result: half the work

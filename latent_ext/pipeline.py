@@ -39,7 +39,7 @@ class Pipeline:
     """The networks, and how the U-Net was trained."""
 
     unet: UNet
-    vae: VAE | None
+    vae: VAE | None  # None: z is the image itself
     text_encoder: TextEncoder | nn.Module
     tokenizer: Tokenizer | None
     schedule: NoiseSchedule
@@ -51,11 +51,11 @@ class Pipeline:
 
     @property
     def downsampling(self) -> int:
-        return self.vae.downsampling
+        return self.vae.downsampling if self.vae else 1
 
     @property
     def image_channels(self) -> int:
-        return self.vae.config["in_channels"]
+        return (self.vae or self.unet).config["in_channels"]
 
     @property
     def weight(self) -> Tensor:
@@ -101,35 +101,32 @@ class Pipeline:
             pairs = list(zip(t, [*t[1:], 0], strict=True))
         return pairs[steps - int(steps * strength) :]
 
+    def noised(self, z0: Tensor, t: int, noise: Tensor) -> Tensor:
+        return add_noise(z0, torch.tensor([t], device=z0.device), self.schedule, noise)[0]
+
+    def start(self, z0: Tensor, noise: Tensor, timesteps: list, strength: float) -> Tensor:
+        """Where the loop starts: at z0 noised to the first time step, if any are left."""
+        if strength == 1:
+            return noise  # Stable Diffusion's first time step would leave a trace of z0
+        return self.noised(z0, timesteps[0][0], noise) if timesteps else z0
+
 
 @torch.no_grad()
 def text_to_image(
     pipeline: Pipeline,
     prompts: Sequence[str],
     *,
-    negative: str = "",
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    eta: float = 0.0,
     size: int | None = None,
+    steps: int = 50,
     generator: Generators | None = None,
-    on_step: OnStep | None = None,
-    predict_noise: Network | None = None,
+    **options: object,
 ) -> Tensor:
-    """negative: what no image must show. predict_noise(z_t, t, context): in place of its own."""
-    context = pipeline.encode_prompts(prompts)  # (B, length, width)
-    null_context = pipeline.encode_prompts([negative])  # (1, length, width)
-    predict_noise = predict_noise or pipeline.predict_noise
-    predict_noise = guided(predict_noise, context, null_context, guidance_scale)
-
-    side = (size or pipeline.size) // pipeline.downsampling
+    """size: of the images in pixels. options: of `denoise`."""
+    weight, side = pipeline.weight, (size or pipeline.size) // pipeline.downsampling
     shape = len(prompts), pipeline.unet.config["out_channels"], side, side
-    dtype = torch.promote_types(context.dtype, torch.float32)
-    z = randn_like(torch.empty(shape, dtype=dtype, device=context.device), generator)
-
-    timesteps = pipeline.timesteps(steps)
-    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": on_step}
-    z0 = sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    z = randn_like(torch.empty(shape, dtype=dtype, device=weight.device), generator)
+    z0 = denoise(pipeline, prompts, z, pipeline.timesteps(steps), generator, **options)
     return pipeline.decode(z0)
 
 
@@ -140,24 +137,15 @@ def image_to_image(
     images: Tensor,
     *,
     strength: float = 0.75,
-    negative: str = "",
     steps: int = 50,
-    guidance_scale: float = 7.5,
-    eta: float = 0.0,
     generator: Generators | None = None,
-    on_step: OnStep | None = None,
+    **options: object,
 ) -> Tensor:
     """The images, redrawn as far as strength says: 0 keeps them, 1 forgets them."""
-    context = pipeline.encode_prompts(prompts)
-    null_context = pipeline.encode_prompts([negative])
-    predict_noise = guided(pipeline.predict_noise, context, null_context, guidance_scale)
-
     timesteps = pipeline.timesteps(steps, strength)
-    z0 = pipeline.encode(images.to(context.device), generator)
-    z = first_latents(z0, randn_like(z0, generator), timesteps, strength, pipeline.schedule)
-
-    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": on_step}
-    z0 = sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
+    z0 = pipeline.encode(images.to(pipeline.weight.device), generator)
+    z = pipeline.start(z0, randn_like(z0, generator), timesteps, strength)
+    z0 = denoise(pipeline, prompts, z, timesteps, generator, **options)
     return pipeline.decode(z0)
 
 
@@ -169,19 +157,14 @@ def inpaint(
     masks: Tensor,
     *,
     strength: float = 1.0,
-    negative: str = "",
     steps: int = 50,
-    guidance_scale: float = 7.5,
-    eta: float = 0.0,
     generator: Generators | None = None,
     on_step: OnStep | None = None,
+    **options: object,
 ) -> Tensor:
     """image_to_image where the masks (B, 1, H, W) are 1, white; elsewhere every pixel is kept."""
-    context = pipeline.encode_prompts(prompts)
-    null_context = pipeline.encode_prompts([negative])
-
-    timesteps = pipeline.timesteps(steps, strength)
-    images, white = images.to(context.device), masks.to(context.device) >= 0.5
+    timesteps, device = pipeline.timesteps(steps, strength), pipeline.weight.device
+    images, white = images.to(device), masks.to(device) >= 0.5
     z0 = pipeline.encode(images, generator)
     latent_mask = white[:, :, :: pipeline.downsampling, :: pipeline.downsampling]  # (B, 1, h, w)
     keep = ~latent_mask
@@ -189,33 +172,43 @@ def inpaint(
         around = pipeline.encode(images * ~white, generator)
         unet = concat_channels(pipeline.unet, torch.cat([latent_mask, around], dim=1))
         pipeline, keep = replace(pipeline, unet=unet), torch.zeros_like(keep)
-    predict_noise = guided(pipeline.predict_noise, context, null_context, guidance_scale)
     noise = randn_like(z0, generator)
-    z = first_latents(z0, noise, timesteps, strength, pipeline.schedule)
+    z = pipeline.start(z0, noise, timesteps, strength)
 
     def keep_known(z: Tensor, t_prev: int, x0: Tensor) -> Tensor:
         """Put z0 back, with the noise that the U-Net expects at t_prev; in the end without."""
         last = t_prev == timesteps[-1][1]
-        known = z0 if last else noised(z0, t_prev, noise, pipeline.schedule)
+        known = z0 if last else pipeline.noised(z0, t_prev, noise)
         z = torch.where(keep, known, z)
         return z if on_step is None else on_step(z, t_prev, x0)
 
-    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": keep_known}
-    z = sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
-    return torch.where(white, pipeline.decode(z), images)
+    z0 = denoise(pipeline, prompts, z, timesteps, generator, on_step=keep_known, **options)
+    return torch.where(white, pipeline.decode(z0), images)
 
 
-def noised(z0: Tensor, t: int, noise: Tensor, schedule: NoiseSchedule) -> Tensor:
-    return add_noise(z0, torch.tensor([t], device=z0.device), schedule, noise)[0]
-
-
-def first_latents(
-    z0: Tensor, noise: Tensor, timesteps: list, strength: float, schedule: NoiseSchedule
+def denoise(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    z: Tensor,
+    timesteps: list[tuple[int, int]],
+    generator: Generators | None,
+    *,
+    negative: str = "",
+    guidance_scale: float = 7.5,
+    eta: float = 0.0,
+    on_step: OnStep | None = None,
+    predict_noise: Network | None = None,
 ) -> Tensor:
-    """Where the loop starts: at z0 noised to the first time step, if any are left."""
-    if strength == 1:
-        return noise  # Stable Diffusion's first time step would leave a trace of z0
-    return noised(z0, timesteps[0][0], noise, schedule) if timesteps else z0
+    """What the three have in common: z (B, c, h, w) -> z0, guided by the prompts.
+
+    negative: what no image must show. predict_noise(z_t, t, context): in place of the pipeline's.
+    """
+    context = pipeline.encode_prompts(prompts)  # (B, length, width)
+    null_context = pipeline.encode_prompts([negative])  # (1, length, width)
+    predict_noise = predict_noise or pipeline.predict_noise
+    predict_noise = guided(predict_noise, context, null_context, guidance_scale)
+    options = {"clip_x0": pipeline.clip_x0, "generator": generator, "on_step": on_step}
+    return sample(predict_noise, z, pipeline.schedule, eta=eta, timesteps=timesteps, **options)
 
 
 def concat_channels(unet: UNet, extra: Tensor) -> Network:
@@ -232,16 +225,11 @@ class ClassPipeline(Pipeline):
     """A class-conditional model of pixels: prompts name classes, and z is the image itself."""
 
     clip_x0 = True  # pixels lie in [-1, 1]
-    downsampling = 1
 
     def __init__(self, network: ClassUNet, schedule: NoiseSchedule, config: dict):
         super().__init__(network.unet, None, network.label_embedding, None, schedule)
         self.classes, self.size, self.spacing = network.classes, config["size"], "trailing"
         self.predict_noise = predict_noise_of(network.unet, schedule, config)
-
-    @property
-    def image_channels(self) -> int:
-        return self.unet.config["in_channels"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         labels = torch.tensor([parse_labels(prompt, self.classes) for prompt in prompts])

@@ -77,15 +77,13 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
     """One of the three, out of the folder or of the single file."""
     name = f"{part}/config.json"
     if path.is_dir():
-        layout, entries = DIFFUSERS, read_entries(path, name)
-        config = our_config(make, name, entries, path / name)
-        file = weights_file(path / part)
-        tensors = modern_names(read_tensors(file))
+        layout, file, source = DIFFUSERS, weights_file(path / part), path / name
+        tensors, entries = modern_names(read_tensors(file)), read_entries(source, name)
     else:
-        layout, file = COMPVIS, path
+        layout, file, source = COMPVIS, path, path
         tensors = modern_names(read_tensors(file), PREFIX[part])
-        entries = V1_5[name] | read_sizes(part, tensors, path)
-        config = our_config(make, name, entries, path)
+        entries = check_entries(name, read_sizes(part, tensors, path), path)
+    config = our_config(make, entries, source)
     with torch.device("meta"):  # shapes only: the weights are those of the file
         network = make(**config)
     load_weights(part, network, tensors, layout, file)
@@ -109,14 +107,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         path.open("rb").close()
     verify_checksum(path)
     checkpoint = type("ModelCheckpoint", (), {})  # in place of Lightning's, which a .ckpt names
+    named = (checkpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
     scalar = np.float64().__reduce__()[0]  # makes a number of NumPy from bytes
-    harmless = [
-        scalar,
-        np.dtype,
-        type(np.dtype("float64")),
-        (scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 called it
-        (checkpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
-    ]
+    old_scalar = (scalar, "numpy.core.multiarray.scalar")  # as NumPy 1 called it
+    harmless = [named, scalar, old_scalar, np.dtype, type(np.dtype("float64"))]
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -181,25 +175,26 @@ def is_whole(w: Tensor) -> bool:
 # Reading configurations.
 
 
-def read_entries(folder: Path, name: str) -> dict:
-    """Of one of the JSON files; v1.5's entries where it is silent."""
-    with system_errors(folder / name):
-        content = (folder / name).read_bytes()
+def read_entries(file: Path, name: str) -> dict:
+    """Of one of the JSON files of a folder."""
+    with system_errors(file):
+        content = file.read_bytes()
     try:
-        given = json.loads(content)
-        return {key: given.get(key, usual) for key, usual in V1_5[name].items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / name}: expected a JSON object; this one is damaged") from error
+        return check_entries(name, {} | json.loads(content), file)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: expected a JSON object; this one is damaged") from error
 
 
-def check_entries(name: str, entries: dict, path: Path) -> None:
-    """Asked before anything is built."""
+def check_entries(name: str, given: dict, path: Path) -> dict:
+    """These entries of a JSON file, and v1.5's where they are silent, before anything is built."""
+    entries = {key: given.get(key, usual) for key, usual in V1_5[name].items()}
     for key, usual in V1_5[name].items():
         value = entries[key]
         if key in REQUIRED and value != usual:
             raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {value!r:.60}")
         if key in CONFIG_KEYS and not is_plausible(value, usual):
             raise UserError(f"{path}: expected {key} to be like {usual}, got {value!r:.60}")
+    return entries
 
 
 def is_plausible(value: object, usual: object) -> bool:
@@ -244,9 +239,8 @@ def read_sizes(part: str, tensors: dict[str, Tensor], path: Path) -> dict:
     }
 
 
-def our_config(make: Callable[..., nn.Module], name: str, entries: dict, path: Path) -> dict:
+def our_config(make: Callable[..., nn.Module], entries: dict, path: Path) -> dict:
     """The arguments of `make`, checked: groups and heads show in the shape of no weight."""
-    check_entries(name, entries, path)
     ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
     config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
     channels = config.get("channels") or [config["width"]]
@@ -264,15 +258,15 @@ def our_config(make: Callable[..., nn.Module], name: str, entries: dict, path: P
 
 def read_settings(path: Path, downsampling: int) -> dict:
     """How the U-Net was trained. As v1.5 where a file is silent, or not there."""
-    file, unet = "scheduler/scheduler_config.json", "unet/config.json"
-    entries = read_entries(path, file) if (path / file).exists() else V1_5[file]
-    check_entries(file, entries, path / file)
-    size = (read_entries(path, unet) if path.is_dir() else V1_5[unet])["sample_size"]
+    scheduler, unet = "scheduler/scheduler_config.json", "unet/config.json"
+    file = path / scheduler
+    entries = read_entries(file, scheduler) if file.exists() else V1_5[scheduler]
+    size = (read_entries(path / unet, unet) if path.is_dir() else V1_5[unet])["sample_size"]
     names = [name for name, ours in SCHEDULES.items() if entries | ours == entries]
     prediction, spacing = entries["prediction_type"], entries["timestep_spacing"]
     if not names or prediction not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"{path / file}: expected the prediction_type epsilon or v_prediction, and a "
+            f"{file}: expected the prediction_type epsilon or v_prediction, and a "
             f"beta_schedule of {[*SCHEDULES.values()]}"
         )
     return {
@@ -307,23 +301,23 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
     cross = ["CrossAttn" if here else "" for here in unet.config["attention_levels"]]
     levels = len(vae.config["channels"])
     changes = {  # of v1.5's JSON files, in our words where CONFIG_KEYS has them
-        "unet/config.json": unet.config
-        | {
+        "unet/config.json": {
+            **unet.config,
             "size": pipeline.size // vae.downsampling,
             "attention_levels": [f"{kind}DownBlock2D" for kind in cross],
             "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(cross)],
             "cross_attention_dim": text.config["width"],
         },
-        "vae/config.json": vae.config
-        | {
+        "vae/config.json": {
+            **vae.config,
             "size": pipeline.size,
             "scaling_factor": vae.scaling_factor,
             "out_channels": vae.config["in_channels"],
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
         },
-        "text_encoder/config.json": text.config
-        | {
+        "text_encoder/config.json": {
+            **text.config,
             "bos_token_id": tokenizer.start,
             "eos_token_id": tokenizer.end,
             "pad_token_id": tokenizer.end,
@@ -332,8 +326,8 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
             "model_max_length": tokenizer.length,
             "unk_token": UNKNOWN if tokenizer.rules.token_to_id(UNKNOWN) is not None else END,
         },
-        "scheduler/scheduler_config.json": SCHEDULES[pipeline.schedule.name]
-        | {
+        "scheduler/scheduler_config.json": {
+            **SCHEDULES[pipeline.schedule.name],
             "T": pipeline.schedule.T,
             "prediction": pipeline.prediction,
             "spacing": pipeline.spacing,
@@ -341,25 +335,21 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
         },
     }
     for name, usual in V1_5.items():
-        new = changes.get(name, {})
-        content = {
-            key: new.get(CONFIG_KEYS.get(key), new.get(key, old)) for key, old in usual.items()
-        }
+        new = usual | changes.get(name, {})
+        content = {key: new.get(CONFIG_KEYS.get(key), new[key]) for key in usual}
         write(folder / name, (json.dumps(content, indent=2) + "\n").encode())
     write(folder / "tokenizer" / "tokenizer.json", tokenizer.rules.to_str(pretty=True).encode())
 
-    for part, network, file in (
-        ("unet", unet, "diffusion_pytorch_model.safetensors"),
-        ("vae", vae, "diffusion_pytorch_model.safetensors"),
-        ("text_encoder", text, "model.safetensors"),
-    ):
-        prefix = "text_model." if network is text else ""  # without it transformers 4 fails
-        weights = network.state_dict()
+    for part, network in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        file, prefix, weights = "diffusion_pytorch_model", "", network.state_dict()
+        if network is text:
+            file, prefix = "model", "text_model."  # without the prefix transformers 4 fails
         tensors = {
             prefix + theirs: weights[ours].half().cpu().contiguous()
             for theirs, ours in name_pairs(part, network, DIFFUSERS)
         }
-        write(folder / part / file, safetensors.torch.save(tensors, {"format": "pt"}))
+        content = safetensors.torch.save(tensors, {"format": "pt"})
+        write(folder / part / f"{file}.safetensors", content)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -101,13 +101,9 @@ class VAE(nn.Module):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
-        self.config = {
-            "in_channels": in_channels,
-            "latent_channels": latent_channels,
-            "channels": list(channels),
-            "num_res_blocks": num_res_blocks,
-            "groups": groups,
-        }
+        self.config = {"in_channels": in_channels, "latent_channels": latent_channels}
+        self.config |= {"channels": list(channels), "num_res_blocks": num_res_blocks}
+        self.config |= {"groups": groups}
         self.scaling_factor = scaling_factor
         self.downsampling = 2 ** (len(channels) - 1)
         shape = channels, num_res_blocks, groups

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import checkpoint, flat, said
+from conftest import TINY, checkpoint, flat, said
 from torch.distributions import Normal, kl_divergence
 
 import latent_ext.train
@@ -44,18 +44,14 @@ def main(here, monkeypatch):
         path = here / "photos" / ("left" if i % 2 else "right") / f"{i}.png"
         save_image(to_image(image), path)
         path.with_suffix(".txt").write_text(caption)
-    small = {"channels": (8, 16), "attention_levels": (False, True), "heads": 2}
     monkeypatch.setattr(train_vae, "CHANNELS", (8, 8, 16))
     monkeypatch.setattr(train_clip, "TRANSFORMER", {"width": 32, "layers": 1, "heads": 2})
-    monkeypatch.setattr(train_unet, "SIZES", small)
+    monkeypatch.setattr(train_unet, "SIZES", TINY)
     monkeypatch.setattr(train_classes, "CHANNELS", (8, 16, 16, 16))
     for module in (train_classes, train_vae, train_clip, train_unet):
         monkeypatch.setattr(module, "STEPS", 2)
-    for module in (train_classes, train_unet):
-        monkeypatch.setattr(module, "log_samples", lambda *_: None)
-    for module in (train_vae, train_clip):
-        monkeypatch.setattr(module, "plot_training", lambda *_: None)
-    monkeypatch.setattr(train_clip, "plot_similarity", lambda *_: None)
+        for plot in ("log_samples", "plot_training", "plot_similarity"):
+            monkeypatch.setattr(module, plot, lambda *_: None, raising=False)
 
     def main(part, *words):
         monkeypatch.setattr(sys, "argv", ["train", part, *FLAGS.split(), *map(str, words)])
@@ -141,22 +137,15 @@ def test_previews_show_images_of_all_folders():
 # ---- what is learned -----------------------------------------------------------------------------
 
 
-def test_train_all_makes_a_folder_that_draws_and_knows_when_it_is_finished(
-    main, monkeypatch, capsys
-):
+def test_train_all_makes_a_folder_that_draws_and_is_then_finished(main, monkeypatch, capsys):
     monkeypatch.setattr(train_unet, "log_samples", log_samples)
     main("all")
     pipeline = load_pipeline("out")
-    assert (pipeline.size, pipeline.prediction, pipeline.spacing) == (
-        16,
-        "v_prediction",
-        "trailing",
-    )
+    settings = (pipeline.size, pipeline.prediction, pipeline.spacing)
+    assert settings == (16, "v_prediction", "trailing")
     ema = read(Path("out/training/unet/model.pt"))["weights"]
-    ours = pipeline.unet.state_dict()
-    assert ours.keys() == ema.keys() and all(
-        torch.equal(w, ema[n].float()) for n, w in ours.items()
-    )
+    ema = {name: w.float() for name, w in ema.items()}
+    torch.testing.assert_close(dict(pipeline.unet.state_dict()), ema, rtol=0, atol=0)
     assert Path("out/training/unet/samples-000002.png").exists()
     images = text_to_image(pipeline, ["an orange cat"], generator=generators([0]), steps=2)
     assert images.shape == (1, 3, 16, 16)
@@ -213,9 +202,7 @@ def nearest(x, known):
     return distances.argmin(1)
 
 
-def test_the_unet_gets_variants_of_an_images_caption_and_for_one_image_in_ten_an_empty_one(
-    parts, monkeypatch
-):
+def test_the_unet_gets_variants_of_a_caption_and_in_one_of_ten_cases_none(parts, monkeypatch):
     images, conditions = record(monkeypatch, train_unet)
     parts("unet", "--steps", 150, "--batch", 8)
     vae, text_encoder, tokenizer, _ = train_unet.load_parts(Path("out/training"), "cpu")
@@ -268,11 +255,10 @@ def test_a_stopped_training_resumes_bit_by_bit(parts, monkeypatch):
         log(run, loss)
         run.stop_requested = run.step == 2
 
-    monkeypatch.setattr(Run, "log", stop_after_two)
-    with pytest.raises(SystemExit) as stopped:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(Run, "log", stop_after_two)
         parts("unet", "--steps", 4)
-    assert stopped.value.code == 130 and checkpoint("out/training/unet")["step"] == 2
-    monkeypatch.setattr(Run, "log", log)
+    assert checkpoint("out/training/unet")["step"] == 2
     parts("unet", "--steps", 4)
     assert torch.equal(flat("out/training/unet"), whole)
 

@@ -5,12 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import DDIMScheduler
+from diffusers.pipelines import stable_diffusion as diffusers
 from oracles import error, randomise, text_pair, unet_pair, vae_pair
 from transformers import PreTrainedTokenizerFast
 
@@ -25,13 +21,9 @@ from toolbox.seeds import generators, sample_seeds
 from unet import UNet
 
 PROMPTS = ["an orange cat with green eyes", "a black dog"]
-LIKE_STABLE_DIFFUSION = {"schedule": NoiseSchedule.scaled_linear()}
-LIKE_THE_TOY = {
-    "schedule": NoiseSchedule.cosine(),
-    "prediction": "v_prediction",
-    "spacing": "trailing",
-}
-NINE = dict(LIKE_STABLE_DIFFUSION)  # with nine channels: a U-Net trained for inpainting
+SD = {"schedule": NoiseSchedule.scaled_linear()}
+TOY = {"schedule": NoiseSchedule.cosine(), "prediction": "v_prediction", "spacing": "trailing"}
+NINE = dict(SD)  # with nine channels: a U-Net trained for inpainting
 WHITE = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1))  # not in cells of 4x4
 
 
@@ -49,7 +41,7 @@ def networks(in_channels=4):
 def tiny_pipeline(in_channels=4, dtype=torch.float64, **like):
     ours, _, tokenizer = networks(in_channels)
     ours = [network.to(dtype) for network in ours]
-    return Pipeline(*ours, tokenizer, size=32, **(LIKE_STABLE_DIFFUSION | like))
+    return Pipeline(*ours, tokenizer, size=32, **(SD | like))
 
 
 def images(n=2, size=32, seed=0):
@@ -61,20 +53,13 @@ def images(n=2, size=32, seed=0):
 def judge(kind, pipeline, theirs):
     """diffusers' pipeline, with their networks."""
     leading, alpha_bar = pipeline.spacing == "leading", pipeline.schedule.alpha_bar.double()
-    scheduler = DDIMScheduler(
-        timestep_spacing=pipeline.spacing,
-        prediction_type=pipeline.prediction,
-        steps_offset=int(leading),
-        clip_sample=False,
-    )
+    options = {"timestep_spacing": pipeline.spacing, "prediction_type": pipeline.prediction}
+    scheduler = DDIMScheduler(**options, steps_offset=int(leading), clip_sample=False)
     scheduler.alphas_cumprod = alpha_bar
     scheduler.final_alpha_cumprod = alpha_bar[0] if leading else torch.ones((), dtype=torch.float64)
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=copy.deepcopy(pipeline.tokenizer.rules),
-        model_max_length=pipeline.tokenizer.length,
-        **special,
-    )
+    rules, length = copy.deepcopy(pipeline.tokenizer.rules), pipeline.tokenizer.length
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, model_max_length=length, **special)
     theirs[0].register_to_config(sample_size=8)
     theirs[1].register_to_config(scaling_factor=0.4)
     networks = dict(zip(("unet", "vae", "text_encoder"), theirs, strict=True))
@@ -84,15 +69,11 @@ def judge(kind, pipeline, theirs):
     return judge
 
 
-SD, TOY, SEEDS = LIKE_STABLE_DIFFUSION, LIKE_THE_TOY, [0, 1]
-SIZE = {"height": 32, "width": 32}
+SEEDS, SIZE, IMAGE = [0, 1], {"height": 32, "width": 32}, {"image": images() / 2 + 0.5}
 KINDS = {
-    text_to_image: (StableDiffusionPipeline, SIZE),
-    image_to_image: (StableDiffusionImg2ImgPipeline, {"image": images() / 2 + 0.5}),
-    inpaint: (
-        StableDiffusionInpaintPipeline,
-        SIZE | {"image": images() / 2 + 0.5, "mask_image": WHITE},
-    ),
+    text_to_image: (diffusers.StableDiffusionPipeline, SIZE),
+    image_to_image: (diffusers.StableDiffusionImg2ImgPipeline, IMAGE),
+    inpaint: (diffusers.StableDiffusionInpaintPipeline, SIZE | IMAGE | {"mask_image": WHITE}),
 }
 GIVEN = {text_to_image: (), image_to_image: (images(),), inpaint: (images(), WHITE)}
 
@@ -123,27 +104,14 @@ def test_every_latent_is_that_of_diffusers(draw, settings, likes):
             noise = randn_like(z0, drawn)
             given = given | {"image": z0, "masked_image_latents": around, "latents": noise}
         mine, expected = [], []
-        result = draw(
-            pipeline,
-            PROMPTS,
-            *GIVEN[draw],
-            steps=5,
-            generator=generators(SEEDS),
-            on_step=lambda z, t_prev, x0, mine=mine: mine.append(z) or z,
-            **settings,
-        )
-        judged = judge(kind, pipeline, theirs)(
-            prompt=PROMPTS,
-            negative_prompt=[settings.get("negative", "")] * 2,
-            num_inference_steps=5,
-            generator=generators(SEEDS),
-            output_type="pt",
-            callback_on_step_end=lambda pipe, i, t, x, seen=expected: (
-                seen.append(x["latents"]) or x
-            ),
-            **given,
-            **{name: value for name, value in settings.items() if name != "negative"},
-        ).images
+        options = {"steps": 5, "generator": generators(SEEDS)}
+        options["on_step"] = lambda z, t_prev, x0, mine=mine: mine.append(z) or z
+        result = draw(pipeline, PROMPTS, *GIVEN[draw], **options, **settings)
+        options = {name: value for name, value in settings.items() if name != "negative"}
+        options |= {"prompt": PROMPTS, "negative_prompt": [settings.get("negative", "")] * 2}
+        options |= {"num_inference_steps": 5, "generator": generators(SEEDS), "output_type": "pt"}
+        options["callback_on_step_end"] = lambda _, i, t, x, z=expected: z.append(x["latents"]) or x
+        judged = judge(kind, pipeline, theirs)(**options, **given).images
         assert len(mine) == len(expected) > 0
         assert all(error(z, judged_z) < 1e-9 for z, judged_z in zip(mine, expected, strict=True))
         white = (WHITE if draw is inpaint else torch.ones_like(WHITE)).expand_as(judged) >= 0.5
@@ -162,15 +130,13 @@ def test_the_time_steps_are_those_of_diffusers(steps):
     assert pipeline.timesteps(steps, 0.3) == pipeline.timesteps(steps)[steps - int(0.3 * steps) :]
 
 
-@pytest.mark.parametrize(
-    ("spacing", "steps", "strength"),
-    [("leading", 0, 1), ("leading", 1000, 1), ("trailing", 1001, 1)]
-    + [("leading", 5, strength) for strength in (-0.1, 1.1, float("nan"))],
-)
-def test_impossible_time_steps_are_refused(spacing, steps, strength):
-    pipeline = Pipeline(None, None, None, None, NoiseSchedule.cosine(), spacing=spacing)
-    with pytest.raises(UserError, match="expected"):
-        pipeline.timesteps(steps, strength)
+@pytest.mark.parametrize("like", [SD, TOY])
+def test_impossible_time_steps_are_refused(like):
+    pipeline = Pipeline(None, None, None, None, **like)
+    wrong = [(0, 1), (1000 + (like is TOY), 1), (5, -0.1), (5, 1.1), (5, float("nan"))]
+    for steps, strength in wrong:
+        with pytest.raises(UserError, match="expected"):
+            pipeline.timesteps(steps, strength)
 
 
 def draws(pipeline, **settings):
@@ -187,7 +153,7 @@ def draws(pipeline, **settings):
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed_only():
-    for draw in draws(tiny_pipeline(**LIKE_THE_TOY), steps=4, guidance_scale=2, eta=1):
+    for draw in draws(tiny_pipeline(**TOY), steps=4, guidance_scale=2, eta=1):
         both = draw(["a black dog", "a cat"], [0, 1])
         assert not both.requires_grad  # nor was a graph kept on the way
         torch.testing.assert_close(draw(["a black dog"], [0]), both[:1], atol=1e-9, rtol=0)
@@ -197,12 +163,7 @@ def test_an_image_depends_on_its_own_prompt_and_seed_only():
 
 def test_nothing_that_is_passed_in_is_changed():
     x, masks, kept = images(), WHITE.clone(), []
-
-    def on_step(z, t_prev, x0):
-        kept.append((z, z.clone()))
-        return z
-
-    settings = {"steps": 3, "on_step": on_step}
+    settings = {"steps": 3, "on_step": lambda z, t_prev, x0: kept.append((z, z.clone())) or z}
     for strength in (0.0, 0.5, 1.0):
         image_to_image(tiny_pipeline(), PROMPTS, x, strength=strength, **settings)
         inpaint(tiny_pipeline(), PROMPTS, x, masks, strength=strength, **settings)
@@ -249,16 +210,9 @@ def test_a_predict_noise_of_ones_own_mixes_two_prompts():
 
 def test_networks_of_16_bits_are_sampled_in_32():
     half, single, kept = tiny_pipeline(dtype=torch.float16), tiny_pipeline(dtype=torch.float32), []
-
-    def on_step(z, t_prev, x0):
-        kept.append(z.dtype)
-        return z
-
-    for draw, exact in zip(
-        draws(half, steps=3, guidance_scale=2, on_step=on_step),
-        draws(single, steps=3, guidance_scale=2),
-        strict=True,
-    ):
+    settings = {"steps": 3, "guidance_scale": 2}
+    watched = settings | {"on_step": lambda z, t_prev, x0: kept.append(z.dtype) or z}
+    for draw, exact in zip(draws(half, **watched), draws(single, **settings), strict=True):
         torch.testing.assert_close(draw(PROMPTS, [0, 1]), exact(PROMPTS, [0, 1]), atol=0.05, rtol=0)
     assert set(kept) == {torch.float32}
 
@@ -275,14 +229,9 @@ def test_a_class_conditional_model_of_pixels_is_guided_and_sampled_as_it_is():
     network = randomise(ClassUNet(classes, 16, channels=(8, 16), attention_levels=(False, True)))
     schedule = NoiseSchedule.cosine()
     pipeline = ClassPipeline(network, schedule, {"size": 8, "prediction": "v"})
-    settings = {"steps": 4, "eta": 1}
-    x = text_to_image(
-        pipeline,
-        ["orange fur, green", "black"],
-        guidance_scale=3,
-        generator=generators([5, 6]),
-        **settings,
-    )
+    settings, prompts = {"steps": 4, "eta": 1}, ["orange fur, green", "black"]
+    guidance = {"guidance_scale": 3, "generator": generators([5, 6])}
+    x = text_to_image(pipeline, prompts, **guidance, **settings)
     labels, open_ = torch.tensor([[2, 1], [1, 0]]), torch.zeros(1, 2, dtype=torch.long)
     predict_noise = guided(noise_from_v(network, schedule), labels, open_, 3)
     expected = sample_seeds(predict_noise, (3, 8, 8), [5, 6], schedule, clip_x0=True, **settings)

@@ -14,28 +14,21 @@ import subprocess
 import sys
 import types
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import diffusers
 import numpy as np
+import oracles
 import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, Evil
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
-from oracles import (
-    V15_TEXT,
-    V15_UNET,
-    V15_VAE,
-    error,
-    randomise,
-    their_text_config,
-    their_unet,
-    their_vae,
-)
+from oracles import V15_TEXT, V15_UNET, V15_VAE, error, randomise, their_unet, their_vae
 from tokenizers import Tokenizer as Rules
 from tokenizers import models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -88,9 +81,9 @@ def state_of(judge):
 def difference(pipeline, judges):
     """The largest, of all networks, in units of the largest number of each."""
     generator = torch.Generator().manual_seed(7)
-    options = {"dtype": torch.float64, "generator": generator}
-    x = torch.randn(2, pipeline.unet.config["in_channels"], 8, 8, **options)
-    context, image = torch.randn(2, 5, 128, **options), torch.randn(1, 3, 16, 16, **options)
+    randn = partial(torch.randn, dtype=torch.float64, generator=generator)
+    x = randn(2, pipeline.unet.config["in_channels"], 8, 8)
+    context, image = randn(2, 5, 128), randn(1, 3, 16, 16)
     z, t, tokens = x[:, :4, :2, :4], torch.tensor([1, 900]), torch.tensor([[3, 500, 7, 7, 100]])
     unet, vae, text_encoder = (judges[part] for part in PARTS)
     pairs = [
@@ -107,12 +100,11 @@ def judges():
     with torch.device("meta"):
         configs = [network.config for network in our_networks(**SMALL).values()]
     unet, vae = their_unet(configs[0], SMALL_TEXT["width"]), their_vae(configs[1])
-    text_encoder = CLIPTextModel(their_text_config(configs[2]))
     unet.register_to_config(sample_size=64)
-    return {
-        part: randomise(judge.double().eval().requires_grad_(False), seed)
-        for seed, (part, judge) in enumerate(zip(PARTS, (unet, vae, text_encoder), strict=True))
-    }
+    judges = unet, vae, CLIPTextModel(oracles.their_text_config(configs[2]))
+    for seed, judge in enumerate(judges):
+        randomise(judge.double().eval().requires_grad_(False), seed)
+    return dict(zip(PARTS, judges, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -203,11 +195,12 @@ def write(kind, folder, judges):
         return folder / "v1-5.ckpt"
     for part, judge in judges.items():
         judge.save_pretrained(folder / part)
-    scheduler = diffusers.PNDMScheduler(**SCALED_LINEAR, steps_offset=1)
     if kind == "present day":
         scheduler = diffusers.DDIMScheduler(**COSINE, timestep_spacing="trailing")
-    scheduler.save_pretrained(folder / "scheduler")
-    for part in PARTS if kind != "present day" else ():
+        scheduler.save_pretrained(folder / "scheduler")
+        return folder
+    diffusers.PNDMScheduler(**SCALED_LINEAR, steps_offset=1).save_pretrained(folder / "scheduler")
+    for part in PARTS:
         file, config = next((folder / part).glob("*.safetensors")), folder / part / "config.json"
         state = safetensors.torch.load_file(file)
         file.unlink()
@@ -281,10 +274,8 @@ def test_every_layout_loads_and_computes_what_diffusers_does(kind, layout, judge
     pipeline = load(layout(kind))
     assert (pipeline.vae.scaling_factor, pipeline.size) == (0.18215, 512)
     settings = (pipeline.schedule.name, pipeline.prediction, pipeline.spacing)
-    if kind == "present day":
-        assert settings == ("cosine", "v_prediction", "trailing")
-    else:
-        assert settings == ("scaled_linear", "epsilon", "leading")
+    today, then = ("cosine", "v_prediction", "trailing"), ("scaled_linear", "epsilon", "leading")
+    assert settings == (today if kind == "present day" else then)
     networks = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
     assert not any(p.requires_grad for network in networks for p in network.parameters())
     assert pipeline.tokenizer("the cat").shape == (1, 16)
@@ -345,8 +336,7 @@ def test_loading_takes_no_second_copy(half, peak, own, tmp_path, vocabulary, mer
     safetensors.torch.save_file(tensors, tmp_path / "large.safetensors")
     write_tokenizer(tmp_path, vocabulary, merges)
     words = [sys.executable, "-c", MEASURE, tmp_path / "large.safetensors"]
-    run = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    size, most, kept = map(int, run.stdout.split())
+    size, most, kept = map(int, subprocess.check_output(words, cwd=ROOT).split())
     assert size > 1e9 and most < peak * size + 1e8 and kept < own * size + 1e8
 
 
@@ -367,6 +357,15 @@ def toy(prediction="v_prediction", spacing="trailing", schedule=None):
     return Pipeline(*networks.values(), tokenizer, schedule, 32, prediction, spacing)
 
 
+def flat(network):
+    return torch.nn.utils.parameters_to_vector(network.parameters())
+
+
+def opened_by_diffusers(folder):
+    options = {"safety_checker": None, "dtype": torch.float64}
+    return StableDiffusionPipeline.from_pretrained(folder, **options)
+
+
 def check_same_image(pipeline, theirs, prompt, negative):
     """In float64, from the same latents."""
     theirs.set_progress_bar_config(disable=True)
@@ -381,15 +380,11 @@ def check_same_image(pipeline, theirs, prompt, negative):
     torch.testing.assert_close(image / 2 + 0.5, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("v_prediction", "trailing", NoiseSchedule.cosine()),
-        ("epsilon", "leading", NoiseSchedule.scaled_linear()),
-        ("epsilon", "trailing", NoiseSchedule.linear(100)),
-    ],
-    ids=["toy", "Stable Diffusion", "other"],
-)
+STABLE_DIFFUSION = ("epsilon", "leading", NoiseSchedule.scaled_linear())
+OTHER = ("epsilon", "trailing", NoiseSchedule.linear(100))
+
+
+@pytest.mark.parametrize("settings", [(), STABLE_DIFFUSION, OTHER])
 def test_what_is_saved_loads_again_and_diffusers_draws_the_same(settings, tmp_path):
     pipeline = toy(*settings)
     for _ in range(2):  # the second time over files that are in use
@@ -397,9 +392,7 @@ def test_what_is_saved_loads_again_and_diffusers_draws_the_same(settings, tmp_pa
         again = load(tmp_path)
         for part in PARTS:
             own, back = getattr(pipeline, part), getattr(again, part)
-            state = back.state_dict()
-            assert back.config == own.config
-            assert all(torch.equal(w, state[name]) for name, w in own.state_dict().items())
+            assert back.config == own.config and error(flat(back), flat(own)) == 0
         for name in ("size", "prediction", "spacing"):
             assert getattr(again, name) == getattr(pipeline, name)
         assert again.vae.scaling_factor == 0.7
@@ -408,8 +401,7 @@ def test_what_is_saved_loads_again_and_diffusers_draws_the_same(settings, tmp_pa
     text = safetensors.torch.load_file(tmp_path / "text_encoder" / "model.safetensors")
     assert all(n.startswith("text_model.") and w.dtype == torch.float16 for n, w in text.items())
 
-    options = {"safety_checker": None, "dtype": torch.float64}
-    theirs = StableDiffusionPipeline.from_pretrained(tmp_path, **options)
+    theirs = opened_by_diffusers(tmp_path)
     prompt, negative = "An orange cat, with  unheard eyes. " + "cat " * 20, "a black cat"
     check_same_tokens(again.tokenizer, theirs.tokenizer, [prompt, ""], 12)
     check_same_image(load(tmp_path, dtype=torch.float64), theirs, prompt, negative)
@@ -417,17 +409,15 @@ def test_what_is_saved_loads_again_and_diffusers_draws_the_same(settings, tmp_pa
 
 def test_the_ready_model_draws_what_diffusers_draws():
     folder, prompt = PRETRAINED / "latent-cats", "an orange cat with green eyes"
-    options = {"safety_checker": None, "dtype": torch.float64}
-    theirs = StableDiffusionPipeline.from_pretrained(folder, **options)
-    check_same_image(load(folder, dtype=torch.float64), theirs, prompt, "a black cat")
+    ours, theirs = load(folder, dtype=torch.float64), opened_by_diffusers(folder)
+    check_same_image(ours, theirs, prompt, "a black cat")
 
 
 def test_a_single_file_can_be_saved_as_a_folder(layout, judges, tmp_path):
     for judge in judges.values():
         judge.half().double()
     save(load(layout(".safetensors")), tmp_path / "folder")
-    options = {"safety_checker": None, "dtype": torch.float64}
-    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "folder", **options)
+    theirs = opened_by_diffusers(tmp_path / "folder")
     again = load(tmp_path / "folder", dtype=torch.float64)
     assert difference(again, judges) < 1e-9
     assert difference(again, {part: getattr(theirs, part) for part in PARTS}) < 1e-9
@@ -581,19 +571,15 @@ def test_a_damaged_folder_is_one_sentence_that_names_the_file(
 
 
 def test_parts_that_do_not_fit_together_are_refused(here):
-    pipeline = toy()
-    pipeline.unet.extra = torch.nn.Linear(2, 2)  # a reader's
-    pipeline.unet.down[0].res.extra = torch.nn.Linear(2, 2)
-    save(pipeline, here / "toy")
-    refused(here / "toy", "resnets.0.extra.weight is not known.*If you changed the networks")
-    pipeline = toy()
-    pipeline.vae = VAE(latent_channels=3)
-    save(pipeline, here / "toy")
-    refused(here / "toy", "its U-Net and its VAE differ")
-    pipeline = toy()
-    pipeline.tokenizer = Tokenizer.of_words([WORDS], 12)
-    save(pipeline, here / "toy")
-    refused(here / "toy", "tokenizer: .* is not one of the text encoder's")
+    changed = toy().unet
+    changed.extra = changed.down[0].res.extra = torch.nn.Linear(2, 2)  # a reader's
+    for change, sentence in (
+        ({"unet": changed}, "resnets.0.extra.weight is not known.*If you changed the networks"),
+        ({"vae": VAE(latent_channels=3)}, "its U-Net and its VAE differ"),
+        ({"tokenizer": Tokenizer.of_words([WORDS], 12)}, "tokenizer: .* is not one of the text"),
+    ):
+        save(replace(toy(), **change), here / "toy")
+        refused(here / "toy", sentence)
 
 
 def test_a_damaged_single_file_is_one_sentence(layout, here):

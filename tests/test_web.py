@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-import importlib.util
+import importlib
 import json
 import shutil
 import subprocess
@@ -26,36 +26,29 @@ from toolbox.models import PRETRAINED, load_model, predict_noise_of
 WEB = Path(__file__).parents[1] / "web"
 RUNTIME = WEB / "node_modules/onnxruntime-web"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
-FLAGS += ["disable-background-networking", "disable-component-update"]
-
-
-def missing(*modules):
-    return [name for name in modules if not importlib.util.find_spec(name)]
-
-
+FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync"
+FLAGS += " --disable-background-networking --disable-component-update"
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
 needs_npm = pytest.mark.skipif(not RUNTIME.exists(), reason="needs `npm install` in web/")
 
 
 def node(script: str, **values: object) -> object:
     """What an ES module prints as JSON; `values` are global constants of it, sampler.js is `s`."""
-    constants = "".join(f"const {name} = input.{name};\n" for name in values)
     script = f"""import fs from "node:fs";
         import * as s from "./sampler.js";
-        const input = JSON.parse(fs.readFileSync(0, "utf8"));
-        {constants}
+        const {{ {", ".join(values)} }} = JSON.parse(fs.readFileSync(0, "utf8"));
         const print = (result) => console.log(JSON.stringify(result));
         {script}"""
-    result = subprocess.run(
-        ["node", "--input-type=module", "-e", script],
-        cwd=WEB,
-        input=json.dumps(values),
-        capture_output=True,
-        text=True,
+    return json.loads(
+        program("node", "--input-type=module", "-e", script, input=json.dumps(values))
     )
+
+
+def program(*words, **options):
+    """What a program prints."""
+    result = subprocess.run(words, cwd=WEB, capture_output=True, text=True, timeout=600, **options)
     assert not result.returncode, result.stderr
-    return json.loads(result.stdout)
+    return result.stdout
 
 
 @needs_node
@@ -71,10 +64,6 @@ def test_schedules_are_those_of_processes(name, T):
 def test_timestep_pairs_are_those_of_processes():
     ours = node("print([...Array(1000).keys()].map((i) => s.timestepPairs(1000, i + 1)))")
     assert ours == [[[*p] for p in processes.timestep_pairs(1000, n)] for n in range(1, 1001)]
-
-
-def draw(generator):
-    return torch.randn(1, 3, 4, 4, generator=generator, dtype=torch.float64)
 
 
 def network(x_t, t, context=0.0):
@@ -93,7 +82,7 @@ NETWORK = """const network = (x_t, t, context = 0) =>
 @pytest.mark.parametrize(
     ("output", "clip_x0", "skip"), [("v", True, 0), ("noise", False, 5), ("v", False, 2)]
 )
-def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, skip):
+def test_sample_equals_processes_at_every_step(hand_over, eta, guidance, output, clip_x0, skip):
     """In float64: near pure noise x0 is a difference of nearly equal numbers, divided by 1e-4."""
     schedule = NoiseSchedule.cosine()
     predict_noise = processes.noise_from_v(network, schedule) if output == "v" else network
@@ -106,25 +95,17 @@ def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, s
 
     pairs = processes.timestep_pairs(schedule.T, 12)[skip:]
     generator = torch.Generator().manual_seed(0)
-    x0, z, *fresh = (draw(generator) for _ in range(1 + len(pairs)))
-    x, _ = processes.add_noise(x0, torch.tensor([pairs[0][0]]), schedule, z)
-    generator.manual_seed(0)
-    draw(generator), draw(generator)  # those of x0 and z
-    steps = []
-    processes.sample(
-        predict_noise,
-        x,
-        schedule,
-        eta=eta,
-        timesteps=pairs,
-        clip_x0=clip_x0,
-        generator=generator,
-        on_step=lambda x, t_prev, x0: steps.append((t_prev, x, x0)) or 0.9 * x,
-    )
-    ours = node(
-        NETWORK
-        + """
-        const schedule = s.NoiseSchedule.cosine(), steps = [];
+    shape = 1 + len(pairs), 3, 4, 4
+    x0, z, *fresh = torch.randn(shape, generator=generator, dtype=torch.float64)
+    x, _ = processes.add_noise(x0[None], torch.tensor([pairs[0][0]]), schedule, z[None])
+    hand_over(fresh)
+    steps, options = [], {"eta": eta, "timesteps": pairs, "clip_x0": clip_x0}
+    options["on_step"] = lambda x, t_prev, x0: steps.append((t_prev, x, x0)) or 0.9 * x
+    processes.sample(predict_noise, x, schedule, **options)
+    numbers = {"x0": x0.flatten().tolist(), "z": z.flatten().tolist()}
+    numbers["fresh"] = torch.stack(fresh).flatten().tolist()
+    choices = {"eta": eta, "guidance": guidance, "output": output, "clipX0": clip_x0}
+    script = """const schedule = s.NoiseSchedule.cosine(), steps = [];
         let predictNoise = output === "v" ? s.noiseFromV(network, schedule) : network;
         if (guidance !== null) predictNoise = s.guided(predictNoise, 0.4, -0.5, guidance);
         const onStep = (x, t_prev, x0) => {
@@ -135,47 +116,36 @@ def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, s
         const options = { eta, timesteps: pairs, clipX0, generator, onStep };
         const x = s.addNoise(Float64Array.from(x0), pairs[0][0], schedule, z);
         await s.sample(predictNoise, x, schedule, options);
-        print(steps);""",
-        x0=x0.flatten().tolist(),
-        z=z.flatten().tolist(),
-        fresh=torch.stack(fresh).flatten().tolist(),
-        eta=eta,
-        pairs=pairs,
-        guidance=guidance,
-        output=output,
-        clipX0=clip_x0,
-    )
-    assert len(ours) == len(steps) == len(pairs)
-    for (t_prev, x, x0), (their_t_prev, their_x, their_x0) in zip(ours, steps, strict=True):
-        assert t_prev == their_t_prev
-        assert x == pytest.approx(their_x.flatten().tolist(), abs=1e-6)
-        assert x0 == pytest.approx(their_x0.flatten().tolist(), abs=1e-6)
+        print(steps);"""
+    ours = node(NETWORK + script, **numbers, **choices, pairs=pairs)
+    assert [t_prev for t_prev, _, _ in ours] == [t_prev for _, t_prev in pairs]
+    assert len(steps) == len(pairs)
+    for (_, *mine), (_, *theirs) in zip(ours, steps, strict=True):
+        theirs = torch.cat(theirs).flatten(1)  # x and x0
+        mine = torch.tensor(mine, dtype=theirs.dtype)
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
 
 
 @needs_node
 def test_what_cannot_be_meant_is_refused():
-    script = """const refused = async (call) => {
-            try { await call(); } catch (error) { return error.message; }
-        };
-        const schedule = s.NoiseSchedule.cosine(), x = new Float32Array(3);
-        const sample = (options) => () => s.sample((x) => x, x, schedule, options);
-        print([await refused(() => s.timestepPairs(1000, 0)),
-            await refused(() => s.timestepPairs(1000, 1001)),
-            await refused(() => s.timestepPairs(1000, 2.5)),
-            await refused(sample({ eta: 1.1 })),
-            await refused(sample({ timesteps: [[5, 5]] })),
-            await refused(sample({ timesteps: [[1000, 5]] }))]);"""
-    assert all("expected" in message for message in node(script))
+    script = """const schedule = s.NoiseSchedule.cosine(), x = new Float32Array(3), messages = [];
+        const pairs = [0, 1001, 2.5].map((n) => () => s.timestepPairs(1000, n));
+        const wrong = [{ eta: 1.1 }, { timesteps: [[5, 5]] }, { timesteps: [[1000, 5]] }];
+        const samples = wrong.map((options) => () => s.sample((x) => x, x, schedule, options));
+        for (const call of [...pairs, ...samples])
+            try { await call(); messages.push(""); } catch (error) { messages.push(error.message); }
+        print(messages);"""
+    messages = node(script)
+    assert len(messages) == 6 and all("expected" in message for message in messages)
 
 
 @needs_node
-@pytest.mark.parametrize(("guidance", "calls"), [(0, 1), (1, 1), (1.5, 2)])
-def test_guidance_asks_the_network_no_oftener_than_it_must(guidance, calls):
-    script = """let calls = 0;
-        const network = (x, t, context) => (calls++, x);
-        await s.guided(network, 1, 0, guidance)(new Float32Array(3), 5);
+def test_guidance_asks_the_network_no_oftener_than_it_must():
+    script = """const calls = [];
+        for (const scale of [0, 1, 1.5])
+            await s.guided((x, t, c) => (calls.push(scale), x), 1, 0, scale)([1], 5);
         print(calls);"""
-    assert node(script, guidance=guidance) == calls
+    assert node(script) == [0, 1, 1.5, 1.5]
 
 
 @needs_node
@@ -209,13 +179,9 @@ def test_pinned_runtime_is_the_installed_one():
 @pytest.fixture(scope="module")
 def exported():
     """What `python web/export.py` prints."""
-    if missing("onnx", "onnxscript", "onnxruntime"):
-        pytest.skip("needs pip install -r web/requirements.txt")
-    result = subprocess.run(
-        [sys.executable, WEB / "export.py"], capture_output=True, text=True, timeout=600
-    )
-    assert not result.returncode, result.stderr
-    return result.stdout
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason="needs pip install -r web/requirements.txt")
+    return program(sys.executable, "export.py")
 
 
 @pytest.mark.slow
@@ -228,29 +194,22 @@ def test_exports_equal_pytorch(exported):
 
 @pytest.mark.slow
 def test_export_refuses_a_wrong_network(exported, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("export", WEB / "export.py")
-    export = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(export)
+    monkeypatch.syspath_prepend(WEB)
+    export = importlib.import_module("export")
     monkeypatch.setattr(export, "OUT", tmp_path)
     weights = torch.nn.Linear(200, 3)
-    weights.bias.data[0] = 1e4 + 1  # of which 16 bits keep 10,000
-    weights.weight.data[0] = 1e4 + 1
+    weights.weight.data[0] = weights.bias.data[0] = 1e4 + 1  # of which 16 bits keep 10,000
     with pytest.raises(export.UserError, match="PyTorch"):
         export.export("wrong", weights, weights, {"x": torch.zeros(2, 200)})
 
 
 @pytest.fixture(scope="module")
 def browser():
-    if missing("playwright"):
-        pytest.skip("needs pip install playwright")
-    if not CHROMIUM:
-        pytest.skip("needs Chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS]
-        )
+    api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+    if not CHROMIUM or not RUNTIME.exists():
+        pytest.skip("needs Chromium, and `npm install` in web/")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS.split())
         yield browser
         browser.close()
 
@@ -268,22 +227,20 @@ def address(exported):
 class Page:
     """The page in a browser, with what it complains of and the addresses that it asks for."""
 
-    def __init__(self, browser, address, **options):
-        self.page = browser.new_page(**options)
+    def __init__(self, browser):
+        self.page = browser.new_page()
         self.errors, self.requests = [], []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda m: m.type == "error" and self.errors.append(m.text))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.address = address
 
-    def open(self):
-        self.page.goto(self.address)
+    def open(self, address, status="Ready"):
+        """Wait until the page's status contains this."""
+        self.page.goto(address)
+        self.wait(f"document.querySelector('#status').textContent.includes('{status}')")
 
     def wait(self, condition):
         self.page.wait_for_function(condition, timeout=120_000)
-
-    def ready(self):
-        self.wait("document.querySelector('#status').textContent.startsWith('Ready')")
 
     def idle(self):
         self.wait("document.body.ariaBusy === 'false'")
@@ -300,6 +257,9 @@ class Page:
         self.page.locator(f"#{player} .player-controls input").fill(str(k))
         self.page.wait_for_timeout(200)
 
+    def row(self, player, row):
+        return self.images(f"#{player} .rows > div:nth-child({row})")
+
     def images(self, selector):
         """The canvases, (B, 3, size, size), uint8."""
         images = self.page.eval_on_selector_all(
@@ -313,13 +273,18 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page(browser, address):
-    if not RUNTIME.exists():
-        pytest.skip("needs `npm install` in web/")
-    page = Page(browser, address)
-    page.open()
-    page.ready()
+    page = Page(browser)
+    page.open(address)
     yield page
     page.page.close()
+
+
+@pytest.fixture
+def fresh(browser, page):
+    """Another one, not yet opened, while the first stays open."""
+    fresh = Page(browser)
+    yield fresh
+    fresh.page.close()
 
 
 def off(ours, theirs):
@@ -346,7 +311,6 @@ def javascript_noise(seed, steps, *shape):
 
 
 SEED, STEPS = 5, 12
-BUGS = {"clip": "No clipping", "last": "Noise", "late": "Start", "v": "v taken"}
 
 
 @pytest.fixture(scope="module")
@@ -362,22 +326,17 @@ def python_cats(hand_over):
     """What Python draws from the noise of the page: the first cat's x of each step, x0, and z."""
     network, schedule, config = load_model("cats")
 
-    def draw(column=0, network=network, **options):
+    def draw(column=0, on_step=lambda x, t_prev, x0: x, wrap=predict_noise_of, **options):
         noise = javascript_noise(SEED + column, STEPS, 3, 32, 32)
         hand_over(noise[1:])
-        steps = []
-        on_step = options.pop("on_step", lambda x, t_prev, x0: x)
-        options = {"eta": 0.6, "steps": STEPS, "clip_x0": True} | options
-        predict_noise = options.pop("wrap", predict_noise_of)(network, schedule, config)
-        processes.sample(
-            predict_noise,
-            noise[:1],
-            schedule,
-            on_step=lambda x, t_prev, x0: (
-                steps.append((on_step(x, t_prev, x0), x0)) or steps[-1][0]
-            ),
-            **options,
-        )
+        steps, options = [], {"eta": 0.6, "steps": STEPS, "clip_x0": True} | options
+
+        def remember(x, t_prev, x0):
+            steps.append((on_step(x, t_prev, x0), x0))
+            return steps[-1][0]
+
+        predict_noise = wrap(network, schedule, config)
+        processes.sample(predict_noise, noise[:1], schedule, on_step=remember, **options)
         return steps
 
     draw.schedule = schedule
@@ -387,7 +346,7 @@ def python_cats(hand_over):
 @pytest.mark.slow
 def test_page_draws_what_python_draws(drawn, python_cats):
     drawn.scrub("cats", STEPS)
-    images = drawn.images("#cats .rows > div:nth-child(1)")
+    images = drawn.row("cats", 1)
     for column in (0, 3):
         assert off(images[column], python_cats(column)[-1][0][0]) <= 2
     assert not torch.equal(images[0], images[3])
@@ -399,8 +358,8 @@ def test_page_shows_each_step(drawn, python_cats, k):
     steps = python_cats()
     drawn.scrub("cats", k)
     x_t = steps[k - 1][0] if k else javascript_noise(SEED, 0, 3, 32, 32)
-    assert off(drawn.images("#cats .rows > div:nth-child(1)")[0], x_t[0]) <= 2
-    assert off(drawn.images("#cats .rows > div:nth-child(3)")[0], steps[k][1][0]) <= 2
+    assert off(drawn.row("cats", 1)[0], x_t[0]) <= 2
+    assert off(drawn.row("cats", 3)[0], steps[k][1][0]) <= 2
     t, t_prev = processes.timestep_pairs(1000, STEPS)[k]
     shown = drawn.page.inner_text("#equation")
     assert f"t = {t}," in shown and ("result" if t_prev == -1 else f"x{t_prev}") in shown
@@ -425,11 +384,10 @@ def test_page_breaks_the_loop_as_it_says(drawn, python_cats, bugs):
         sigma = 0.6 * (1 - schedule.alpha_bar[t]).sqrt()
         fresh = javascript_noise(SEED, STEPS, 3, 32, 32)[-1]
         options["on_step"] = lambda x, t_prev, x0: x + sigma * fresh if t_prev == -1 else x
-    for name in BUGS:
+    for name in ("clip", "last", "late", "v"):
         drawn.page.set_checked(f"[name=break] [name={name}]", name in bugs)
     drawn.idle()
-    right = drawn.images("#broken .rows > div:nth-child(1)")
-    broken = drawn.images("#broken .rows > div:nth-child(2)")
+    right, broken = drawn.row("broken", 1), drawn.row("broken", 2)
     assert off(broken[0], python_cats(**options)[-1][0][0]) <= 2
     assert off(right[0], python_cats()[-1][0][0]) <= 2
     assert torch.equal(right, broken) == (not bugs)
@@ -460,7 +418,7 @@ ASKED = {"negative": "blue background", "steps": STEPS, "guidance_scale": 3.0, "
 def test_page_draws_the_text_that_python_draws(asked, pipeline):
     theirs = text_to_image(pipeline, ["an orange cat with green eyes"], **ASKED)
     asked.scrub("asked", STEPS)
-    assert off(asked.images("#asked .rows > div:nth-child(3)"), theirs) <= 2
+    assert off(asked.row("asked", 3), theirs) <= 2
     assert off(asked.images("figure"), theirs) <= 2
 
 
@@ -485,18 +443,16 @@ def test_page_paints_in_what_python_paints_in(asked, pipeline, hand_over):
     asked.page.select_option("[name=ask] [name=fur]", "black")
     asked.set("ask", strength=0.75)
     asked.click("[name=redraw]")
-    shown = asked.images("#asked .rows > div:nth-child(3)")
+    shown, prompts = asked.row("asked", 3), ["a black cat with green eyes"]
     hand_over(javascript_noise(SEED, STEPS, 4, 16, 16))
-    prompts = ["a black cat with green eyes"]
-    theirs = inpaint(pipeline, prompts, images, mask, strength=0.75, **ASKED)
-    assert off(shown, theirs) <= 2
+    assert off(shown, inpaint(pipeline, prompts, images, mask, strength=0.75, **ASKED)) <= 2
     changed = (shown.int() - to_uint8(images).int()).abs().amax(dim=1, keepdim=True) > 2
     assert changed.any() and not (changed & (mask == 0)).any()
 
     asked.click("[name=clear]")  # without paint and with strength 0 the start remains
     asked.set("ask", strength=0)
     asked.click("[name=redraw]")
-    assert off(asked.images("#asked .rows > div:nth-child(3)"), images) <= 2
+    assert off(asked.row("asked", 3), images) <= 2
 
 
 @pytest.mark.slow
@@ -510,10 +466,9 @@ def test_page_names_the_words_that_the_model_does_not_know(asked):
 def test_page_plays_and_pauses(drawn):
     drawn.scrub("cats", STEPS)
     step = drawn.page.locator("#cats output")
-    drawn.page.click("#cats .player-controls button")
-    drawn.page.wait_for_timeout(300)
-    drawn.page.click("#cats .player-controls button")
-    drawn.page.wait_for_timeout(300)
+    for _ in range(2):
+        drawn.page.click("#cats .player-controls button")
+        drawn.page.wait_for_timeout(300)
     paused = step.inner_text()
     assert paused not in (f"step {STEPS} of {STEPS}", f"step 0 of {STEPS}")
     drawn.page.wait_for_timeout(300)
@@ -528,9 +483,8 @@ def test_page_has_no_errors_and_asks_nobody_else(page, address):
 
 
 @pytest.mark.slow
-def test_first_cat_is_there_in_3_seconds(browser, address, page):
+def test_first_cat_is_there_in_3_seconds(fresh, address):
     """After loading, in seconds of the page's thread: other programs may run meanwhile."""
-    fresh = Page(browser, address)
     protocol = fresh.page.context.new_cdp_session(fresh.page)
     protocol.send("Performance.enable", {"timeDomain": "threadTicks"})
 
@@ -538,72 +492,56 @@ def test_first_cat_is_there_in_3_seconds(browser, address, page):
         metrics = protocol.send("Performance.getMetrics")["metrics"]
         return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
 
-    fresh.open()
-    fresh.ready()
+    fresh.open(address)
     loaded = seconds()
     fresh.wait("document.querySelector('#cats output').textContent === 'step 40 of 40'")
     assert 0.2 < seconds() - loaded < 3
-    fresh.page.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1100])
-def test_page_fits(browser, address, page, width):
-    fresh = Page(browser, address, viewport={"width": width, "height": 800})
-    fresh.open()
-    fresh.ready()
+def test_page_fits(fresh, address, width):
+    fresh.page.set_viewport_size({"width": width, "height": 800})
+    fresh.open(address)
     assert fresh.page.evaluate("document.documentElement.scrollWidth") <= width
-    fresh.page.close()
+
+
+def runtime(route, added=b""):
+    """The file of the runtime that is asked for, from any address."""
+    content = (RUNTIME / "dist" / route.request.url.split("/")[-1]).read_bytes()
+    route.fulfill(body=content + added, headers={"access-control-allow-origin": "*"})
+
+
+def other_network(route):
+    models = json.loads((WEB / "models/models.json").read_text())
+    models["cats"]["networks"]["unet"]["output"][3] += 0.1
+    route.fulfill(body=json.dumps(models))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trouble", "sentence"),
+    ("answers", "sentence"),
     [
-        ("no WebAssembly", "This browser cannot run the network"),
-        ("no exports", "run python web/export.py"),
-        ("no network file", "cats.onnx is missing"),
-        ("no runtime", "npm install"),
-        ("another runtime", "npm install"),
-        ("another network", "computes wrong numbers"),
-        ("from the CDN", "Ready"),
+        ({"**/models.json": lambda route: route.fulfill(status=404)}, "run python web/export.py"),
+        ({"**/cats.onnx": lambda route: route.abort()}, "cats.onnx is missing"),
+        ({"**/dist/**": lambda route: route.abort()}, "npm install"),
+        ({"**/dist/**": lambda route: runtime(route, b"\n")}, "npm install"),
+        ({"**/models.json": other_network}, "computes wrong numbers"),
+        ({}, "This browser cannot run the network"),  # without WebAssembly
     ],
 )
-def test_page_says_what_is_wrong(browser, address, page, trouble, sentence):
-    fresh = Page(browser, address)
-
-    def block(glob):
-        fresh.page.route(glob, lambda route: route.abort())
-
-    def serve(glob, change=lambda content: content):
-        def fulfil(route):
-            content = (RUNTIME / "dist" / route.request.url.split("/")[-1]).read_bytes()
-            headers = {"access-control-allow-origin": "*"}
-            route.fulfill(body=change(content), headers=headers)
-
-        fresh.page.route(glob, fulfil)
-
-    if trouble == "no WebAssembly":
+def test_page_says_what_is_wrong(fresh, address, answers, sentence):
+    for glob, answer in answers.items():
+        fresh.page.route(glob, answer)
+    if not answers:
         fresh.page.add_init_script("delete globalThis.WebAssembly")
-    elif trouble == "no exports":
-        fresh.page.route("**/models.json", lambda route: route.fulfill(status=404))
-    elif trouble == "no network file":
-        block("**/cats.onnx")
-    elif trouble == "no runtime":
-        block("**/dist/**")
-    elif trouble == "another runtime":
-        serve("**/dist/**", lambda content: content + b"\n")
-    elif trouble == "another network":
-        models = json.loads((WEB / "models/models.json").read_text())
-        models["cats"]["networks"]["unet"]["output"][3] += 0.1
-        body = json.dumps(models)
-        fresh.page.route("**/models.json", lambda route: route.fulfill(body=body))
-    else:
-        block("**/node_modules/**")
-        serve("https://cdn.jsdelivr.net/**")
-    fresh.open()
-    fresh.wait(f"document.querySelector('#status').textContent.includes({json.dumps(sentence)})")
-    if sentence != "Ready":
-        fresh.idle()
-        assert sentence in fresh.page.inner_text("#status")  # it stays there
-    fresh.page.close()
+    fresh.open(address, sentence)
+    fresh.idle()
+    assert sentence in fresh.page.inner_text("#status")  # it stays there
+
+
+@pytest.mark.slow
+def test_page_takes_the_runtime_from_a_cdn(fresh, address):
+    fresh.page.route("**/node_modules/**", lambda route: route.abort())
+    fresh.page.route("https://cdn.jsdelivr.net/**", lambda route: runtime(route))
+    fresh.open(address)
