@@ -213,7 +213,7 @@ def test_timing_makes_whole_steps_in_both_precisions_and_changes_nothing(train_h
     train_here("--steps", 1, "--precision", None)
     *timed, real = steps
     assert len(timed) >= 3 and all(words[1] is not real[1] for words in timed)
-    assert precisions.count("float32") >= 2 <= precisions.count("bfloat16")
+    assert precisions.count("float32") >= 2 and "bfloat16" in precisions  # a slow one is tried once
     torch.manual_seed(0)
     start, weights = UNet(3, 3, **TINY).state_dict(), checkpoint("run")["network"]
     assert 0 < max((w - start[name]).abs().max().item() for name, w in weights.items()) < 1e-4
