@@ -51,7 +51,7 @@ def test_what_is_measured_of_the_ready_model(here, monkeypatch, capsys):
     monkeypatch.setattr(lab, "SAMPLES", 8)
     run(lab, monkeypatch, "steps")
     assert Image.open(here / "runs/lab/lab-steps.png").width == 1000
-    assert len(re.findall(r"^\| [12] \| [01] \|", capsys.readouterr().out, re.MULTILINE)) == 4
+    assert len(re.findall(r"^\| [12] \| [01] \|", capsys.readouterr().out, re.MULTILINE)) == 8
 
 
 def test_each_experiment_is_on_the_page_and_each_on_the_page_exists(monkeypatch, capsys):
