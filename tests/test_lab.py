@@ -111,6 +111,7 @@ def test_each_blank_is_a_body_that_is_gone_and_its_docstring_is_not(pupil):
         assert len(after) < len(before) and after.count('"""') == before.count('"""')
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_is_done(pupil, monkeypatch, capsys):
     """Nothing of the blank copy; all of it, once the original bodies are back."""
     run(homework, monkeypatch, pupil)

@@ -256,7 +256,7 @@ def test_a_training_is_always_the_same_announced_and_disturbs_no_other_randomnes
     one, other = (metrics.train_feature_net(data, steps=6, batch=8).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(before, torch.get_rng_state())
-    assert "training a classifier, once for this data\n" in capsys.readouterr().out
+    assert "training a classifier, once for this data" in capsys.readouterr().out
 
 
 def stripes(n, size):
