@@ -48,7 +48,7 @@ def main() -> None:
         predict_noise = train(data, schedule, prediction, target, args.steps, args.precision)
         with autocast(CPU, args.precision):
             shape = data.images.shape[1:]
-            images = generate(predict_noise, shape, range(args.n), schedule, device="cpu")
+            images = generate(predict_noise, shape, range(args.n), schedule=schedule, device="cpu")
         features = classifier.extract_features(images)
         kid, error = metrics.jackknife(metrics.kernel_distance, features, real)
         confident = torch.stack([*judge.confident(features).values()]).all(0).float().mean()

@@ -410,7 +410,7 @@ def experiment_steps() -> plt.Figure:
         for steps in CALLS_TRIED:
             pairs = timestep_pairs(schedule.T, steps) if order == 1 else snr_pairs(schedule, steps)
             options = {"timesteps": pairs, "eta": eta, "order": order, "device": "cpu"}
-            images = generate(predict_noise, shape, range(SAMPLES), schedule, **options)
+            images = generate(predict_noise, shape, range(SAMPLES), schedule=schedule, **options)
             features = classifier.extract_features(images)
             confident = torch.stack([*judge.confident(features).values()]).all(0)
             clean.append(100 * judge.clean(features).float().mean().item())
