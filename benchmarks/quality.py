@@ -80,7 +80,7 @@ def main() -> None:
     ema.copy_to(network.parameters())
     network.eval()
     predict_noise, shape = lambda x, t: network(x, t).sample, data.images.shape[1:]
-    samples = evaluate.generate(predict_noise, shape, range(args.n), schedule)
+    samples = evaluate.generate(predict_noise, shape, range(args.n), schedule=schedule)
     classifier = feature_net(data)
     evaluate.report_quality(samples, classifier, data, held_out)
     evaluate.report_distances(samples, classifier, data)
