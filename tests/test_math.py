@@ -274,7 +274,9 @@ def test_guidance_follows_the_slope_of_a_sharpened_density(t, scale):
     (shares, *shapes), ab = TWO, ALPHA_BAR[t]
 
     def best(x, t, context):
-        log_p = lambda x0: torch.stack([density(c, *shapes).log_prob(x0) for c in context])  # noqa: E731
+        def log_p(x0):
+            return torch.stack([density(c, *shapes).log_prob(x0) for c in context])
+
         return mean_noise(log_p, x, ab)
 
     predict_noise = guided(best, double(0.0, 1.0).expand(3, 2), shares[None], scale)

@@ -30,7 +30,8 @@ export class NoiseSchedule {
 
   /** Nichol & Dhariwal 2021, eq. 17: alphaBar is a squared cosine; beta is at most 0.999. */
   static cosine(T = 1000) {
-    const f = linspace(0, 1, T + 1).map((s) => Math.cos(((s + 0.008) / 1.008) * (Math.PI / 2)) ** 2);
+    const angle = (s) => ((s + 0.008) / 1.008) * (Math.PI / 2);
+    const f = linspace(0, 1, T + 1).map((s) => Math.cos(angle(s)) ** 2);
     const betas = f.slice(1).map((next, t) => Math.min(1 - next / f[t], 0.999));
     return NoiseSchedule.fromBetas("cosine", betas);
   }
