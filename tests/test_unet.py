@@ -7,7 +7,6 @@ from diffusers.models.attention_processor import Attention
 from oracles import randomise
 
 from latent_ext.weight_names import DIFFUSERS, name_pairs
-from train import LARGE
 from unet import ResBlock, SelfAttention, UNet, timestep_embedding
 
 SMALL = {"channels": (16, 32, 32), "attention_levels": (False, True, True), "heads": 4, "groups": 8}
@@ -52,7 +51,6 @@ def pair(**config):
     "config",
     [
         {},  # the default toy
-        LARGE,
         SMALL,
         SMALL | {"in_channels": 1, "out_channels": 6, "num_res_blocks": 2},
         SMALL | {"channels": (16, 16), "attention_levels": (True, False), "heads": 1},
