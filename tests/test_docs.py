@@ -68,11 +68,8 @@ class Parsed(Exception):
 def commands():
     for path in PAGES:
         shown = re.findall(r"`([^`\n]+)`", text(path))
-        shown += [
-            line
-            for x in re.findall(r"```bash\n(.*?)```", text(path), flags=re.DOTALL)
-            for line in x.splitlines()
-        ]
+        for block in re.findall(r"```bash\n(.*?)```", text(path), flags=re.DOTALL):
+            shown += block.splitlines()
         for line in dict.fromkeys(shown):
             found = re.search(rf"{PROGRAMS}(?= |$)(.*)", line.split("  #")[0])
             if found and found[2].strip() and "..." not in line:
@@ -111,24 +108,26 @@ def test_links_lead_on(path):
         assert link.startswith("https://") or (path.parent / link).exists(), link
 
 
-def test_the_core_imports_nothing_of_the_extension_and_no_program_patches_its_path():
+def imports(file):
+    for node in ast.walk(ast.parse(text(ROOT / file))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    ("files", "rooms"),
+    [
+        (["processes.py", "unet.py"], set()),
+        (["train.py", "sample.py", "evaluate.py"], {"processes", "unet", "toolbox", "train"}),
+        ([*map(name, (ROOT / "toolbox").glob("*.py"))], {"processes", "unet", "toolbox"}),
+    ],
+)
+def test_the_core_imports_nothing_of_the_extension(files, rooms):
     own = {"processes", "unet", "train", "sample", "evaluate", "toolbox", "latent_ext"}
-    allowed = {"processes.py": set(), "unet.py": set()}
-    allowed |= {
-        name(path): own - {"latent_ext"} for path in ROOT.glob("*.py") if name(path) not in allowed
-    }
-    allowed |= {
-        name(path): {"processes", "unet", "toolbox"} for path in (ROOT / "toolbox").glob("*.py")
-    }
-    for file, rooms in allowed.items():
-        imports = [node for node in ast.walk(ast.parse(text(ROOT / file)))]
-        found = {x.module.split(".")[0] for x in imports if isinstance(x, ast.ImportFrom)}
-        found |= {
-            y.name.split(".")[0] for x in imports if isinstance(x, ast.Import) for y in x.names
-        }
-        assert found & own <= rooms, file
-    for path in [path for room in (*ROOMS, ROOT / "benchmarks") for path in room.glob("*.py")]:
-        assert "sys.path" not in text(path), path
+    for file in files:
+        assert own.intersection(imports(file)) <= rooms, file
 
 
 def test_the_checksums_are_those_of_all_ready_models():
