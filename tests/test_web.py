@@ -4,6 +4,7 @@ import base64
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -340,80 +341,84 @@ def test_page_shows_what_python_draws_at_each_step(drawn, python_cat):
     assert not torch.equal(first, last)
 
 
+def late_pairs():
+    """The loop that starts too late: at 916 of 999, and ends with the pair (0, -1)."""
+    t = [round(1000 * i / STEPS) for i in reversed(range(STEPS))]
+    return [*itertools.pairwise([*t, -1])]
+
+
+def noise_at_the_end(x, t_prev, x0):
+    schedule, t = load_model("cats")[1], processes.timestep_pairs(1000, STEPS)[-1][0]
+    sigma = 0.6 * (1 - schedule.alpha_bar[t]).sqrt()
+    return x + sigma * page_noise(3, 32, 32)[-1] if t_prev == -1 else x
+
+
+BROKEN = {
+    "clip": {"clip_x0": False},
+    "last": {"on_step": noise_at_the_end},
+    "late": {"timesteps": late_pairs()},
+    "v": {"wrap": lambda network, schedule, config: network},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bugs", [["last"], ["late"], ["v"], ["clip", "late"], []])
 def test_page_breaks_the_loop_as_it_says(drawn, python_cat, bugs):
-    options = {"clip_x0": "clip" not in bugs}
-    if "v" in bugs:
-        options["wrap"] = lambda network, schedule, config: network
-    if "late" in bugs:
-        late = [round(1000 * i / STEPS) for i in reversed(range(STEPS))]
-        options["timesteps"] = list(zip(late, [*late[1:], -1], strict=True))
-    if "last" in bugs:
-        t = processes.timestep_pairs(1000, STEPS)[-1][0]
-        sigma = 0.6 * (1 - load_model("cats")[1].alpha_bar[t]).sqrt()
-        more = sigma * page_noise(3, 32, 32)[-1]
-        options["on_step"] = lambda x, t_prev, x0: x + more if t_prev == -1 else x
-    for name in ("clip", "last", "late", "v"):
+    for name in BROKEN:
         drawn.page.set_checked(f"[name=break] [name={name}]", name in bugs)
     drawn.idle()
     right, broken = drawn.row("broken", 1), drawn.row("broken", 2)
+    options = dict(option for bug in bugs for option in BROKEN[bug].items())
     assert off(broken[0], python_cat(**options)[-1][0]) <= 2
     assert off(right[0], python_cat()[-1][0]) <= 2
     assert torch.equal(right, broken) == (not bugs)
 
 
-@pytest.fixture(scope="module")
-def asked(page):
-    """The page has drawn "an orange cat with green eyes", not "blue background"."""
+@pytest.mark.slow
+def test_page_draws_and_paints_in_what_python_does(page, hand_over):
     words = {"fur": "orange", "pattern": "plain", "eyes": "green", "background": "any"}
     for name, word in words.items():
         page.page.select_option(f"[name=ask] [name={name}]", word)
     page.set("ask", seed=SEED, steps=STEPS, guidance=3, negative="Blue background")
     page.click("[name=ask] button")
     assert not page.page.inner_text("#strange")
-    return page
-
-
-@pytest.mark.slow
-def test_page_draws_and_paints_in_what_python_does(asked, hand_over):
     pipeline, latents = load(PRETRAINED / "latent-cats"), []
     options = {"negative": "blue background", "steps": STEPS, "guidance_scale": 3.0, "eta": 1.0}
     hand_over(page_noise(4, 16, 16))
     remember = {"on_step": lambda z, t_prev, z0: latents.append(z) or z}
     images = text_to_image(pipeline, ["an orange cat with green eyes"], **options | remember)
-    asked.scrub("asked", STEPS)
-    assert off(asked.row("asked", 3), images) <= 2
-    assert off(asked.images("figure"), images) <= 2
+    page.scrub("asked", STEPS)
+    assert off(page.row("asked", 3), images) <= 2
+    assert off(page.images("figure"), images) <= 2
 
-    asked.page.focus("figure canvas")  # by keyboard: the brush starts in the middle
+    page.page.focus("figure canvas")  # by keyboard: the brush starts in the middle
     for key in ("ArrowLeft", "ArrowLeft", "ArrowDown", "Space"):
-        asked.page.keyboard.press(key)
-    box = asked.page.locator("figure canvas").bounding_box()
-    asked.page.mouse.move(box["x"] + box["width"] * 12.5 / 16, box["y"] + box["width"] * 4.5 / 16)
-    asked.page.mouse.down()  # by pointer
-    asked.page.mouse.up()
+        page.page.keyboard.press(key)
+    box = page.page.locator("figure canvas").bounding_box()
+    page.page.mouse.move(box["x"] + box["width"] * 12.5 / 16, box["y"] + box["width"] * 4.5 / 16)
+    page.page.mouse.down()  # by pointer
+    page.page.mouse.up()
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 32:44, 20:32] = mask[..., 12:24, 44:56] = 1
 
-    asked.page.select_option("[name=ask] [name=fur]", "black")
-    asked.set("ask", strength=0.75)
-    asked.click("[name=redraw]")
-    shown, prompts = asked.row("asked", 3), ["a black cat with green eyes"]
+    page.page.select_option("[name=ask] [name=fur]", "black")
+    page.set("ask", strength=0.75)
+    page.click("[name=redraw]")
+    shown, prompts = page.row("asked", 3), ["a black cat with green eyes"]
     pipeline.encode = lambda images, generator: latents[-1]
     hand_over(page_noise(4, 16, 16))
     assert off(shown, inpaint(pipeline, prompts, images, mask, strength=0.75, **options)) <= 2
     changed = (shown - to_uint8(images)).abs().amax(dim=1, keepdim=True) > 2
     assert changed.any() and not (changed & (mask == 0)).any()
 
-    asked.click("[name=clear]")  # without paint and with strength 0 the start remains
-    asked.set("ask", strength=0)
-    asked.click("[name=redraw]")
-    assert off(asked.row("asked", 3), images) <= 2
+    page.click("[name=clear]")  # without paint and with strength 0 the start remains
+    page.set("ask", strength=0)
+    page.click("[name=redraw]")
+    assert off(page.row("asked", 3), images) <= 2
 
-    asked.set("ask", negative="a dog, blue", steps=1)
-    asked.click("[name=ask] button")
-    assert asked.page.inner_text("#strange") == "It does not know: dog, ,."
+    page.set("ask", negative="a dog, blue", steps=1)
+    page.click("[name=ask] button")
+    assert page.page.inner_text("#strange") == "It does not know: dog, ,."
 
 
 @pytest.mark.slow
