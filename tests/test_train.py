@@ -28,6 +28,7 @@ from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
+STEP = 2.5 * train.learning_rate(0, 1)  # no weight changes by more in a run's first step
 LOG_SAMPLES = train.log_samples  # the fixture train_here replaces it
 
 # ---- the recipe ----------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_timing_makes_whole_steps_of_a_copy_in_both_precisions(train_here, monke
     assert len(timed) >= 3 and all(words[1] is not real[1] for words in timed)
     torch.manual_seed(0)
     start, weights = UNet(3, 3, **TINY).state_dict(), checkpoint("run")["network"]
-    assert 0 < max((w - start[name]).abs().max().item() for name, w in weights.items()) < 1e-4
+    assert 0 < max((w - start[name]).abs().max().item() for name, w in weights.items()) < STEP
     for precision in ("float32", "bfloat16"):
         with train.autocast(torch.device("cpu"), precision):
             assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{precision}"
@@ -305,7 +306,7 @@ def test_a_run_can_start_from_the_weights_of_a_model(train_here):
     out = train_here("--steps", 1, "--out", "fine", "--model", "run/model.pt", "--size", None)
     start, schedule, _ = load_model("run/model.pt")
     end = checkpoint("fine")["network"]
-    assert 0 < max((end[k] - w).abs().max().item() for k, w in start.state_dict().items()) < 1e-4
+    assert 0 < max((end[k] - w).abs().max().item() for k, w in start.state_dict().items()) < STEP
     assert "3x16x16" in out and load_model("fine/model.pt")[1].name == schedule.name == "cosine"
 
 
