@@ -65,7 +65,7 @@ def check(args: argparse.Namespace, parts: list[str], data: Data) -> None:
         return
     if data.size % train_clip.PATCH:
         raise UserError(f"--size {data.size}: expected a multiple of {train_clip.PATCH}")
-    if not data.captions:
+    if not data.captions and parts != ["vae"]:
         raise UserError(f"--data {args.data}: expected captions, image.txt next to image.jpg")
     if "clip" in parts:  # it compares the images and captions of a batch with each other
         if PROCESSES > 1:
