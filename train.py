@@ -70,7 +70,7 @@ def main() -> None:
 
     predict_noise = PREDICTIONS[prediction](run.model, schedule)
     for x0 in run.batches():
-        t = run.randint(schedule.T)  # (B,), a time step for each image, all equally likely
+        t = run.timesteps(schedule.T)  # (B,), a time step for each image, all equally likely
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(x_t, t), noise)  # math.md (7)

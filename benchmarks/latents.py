@@ -63,7 +63,7 @@ def main() -> None:
     run = start_run(args, args.out, unet, latents, settings, example, preview_calls=0)
     predict_noise = noise_from_v(run.model, schedule)
     for z0 in run.batches():
-        t = run.randint(schedule.T)
+        t = run.timesteps(schedule.T)
         z_t, noise = add_noise(z0, t, schedule, run.randn_like(z0))
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(z_t, t), noise)

@@ -1,7 +1,7 @@
 """Train the networks of the second evening, from scratch: `python -m latent_ext.train PART`.
 
 classes: a class-conditional U-Net in pixels. vae, clip, unet: the three networks of Stable
-Diffusion, each of which needs those before it. all: these three. The file train_PART.py has the
+Diffusion; the U-Net needs the other two. all: these three, in order. Each train_PART.py has the
 loop of the core's train.py with a loss of its own.
 """
 

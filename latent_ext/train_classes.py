@@ -40,7 +40,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
 
     predict_noise = noise_from_v(run.model, schedule)
     for x0 in run.batches():
-        t = run.randint(schedule.T)  # (B,)
+        t = run.timesteps(schedule.T)  # (B,)
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
         labels = data.labels[run.indices].to(run.device) + 1  # (B, questions); 0: left open
         labels[drop_condition(run)] = 0

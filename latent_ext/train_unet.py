@@ -56,7 +56,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
 
     predict_noise = noise_from_v(run.model, schedule)
     for z0 in run.batches():
-        t = run.randint(schedule.T)  # (B,)
+        t = run.timesteps(schedule.T)  # (B,)
         z_t, noise = add_noise(z0, t, schedule, run.randn_like(z0))
         choices = variants[run.indices].to(run.device)  # (B, VARIANTS)
         chosen = choices.gather(1, run.randint(VARIANTS)[:, None])[:, 0]  # (B,)
