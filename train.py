@@ -21,7 +21,7 @@ from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 WARM_UP = 50  # steps
 MAX_GRAD_NORM = 1.0
 LARGE = {  # from 64 pixels on: one more level, and fewer channels at high resolution
@@ -36,7 +36,7 @@ def main() -> None:
     add("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of images (default: cats)")
     add("--out", type=Path, help="the run's folder (default: runs/DATA); the same one resumes")
     add("--model", help="start from the weights of this model.pt, or of a ready model")
-    add("--steps", type=int, default=3700, help="total; more continue a run (default: 3700)")
+    add("--steps", type=int, default=3300, help="total; more continue a run (default: 3300)")
     add("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
     add("--batch", type=int, default=16, help="images in a step (default: 16)")
     add("--schedule", default="sigmoid", choices=SCHEDULES, help="default: sigmoid, or --model's")
