@@ -2,8 +2,8 @@
 
 Everywhere: x0 is clean data and x_t its noised version, float (B, ...). Images are (B, C, H, W) in
 [-1, 1], but nothing here depends on that: points in the plane, (B, 2), work as well.
-t is a long (B,) of time steps in 0 .. T-1; noise is standard normal. The model is any callable
-predict_noise(x_t, t) -> noise of the shape of x_t.
+t is an int64 tensor (B,) of time steps, 0 .. T-1; noise is standard normal. The model is any
+callable predict_noise(x_t, t) -> noise of the shape of x_t.
 "math.md (4)" in a comment is equation 4 of docs/math.md, where it is derived.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Network = Callable[..., Tensor]  # (x_t, t, *context) -> noise, v, or the velocity u
+Network = Callable[..., Tensor]  # (x_t, t, *context) -> noise; or v, or u, as below
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each image of a batch
 
 
@@ -34,12 +34,13 @@ class NoiseSchedule:
         return len(self.alpha_bar)
 
     def alpha_bar_at(self, t: Tensor, like: Tensor) -> Tensor:
-        """alpha_bar[t], t (B,), in the shape (B, 1, ..., 1) that scales `like` (B, ...)."""
+        """alpha_bar of each t (B,), as (B, 1, ..., 1): it broadcasts over `like` (B, ...)."""
         return self.alpha_bar.to(like)[t].view(-1, *[1] * (like.ndim - 1))
 
     @classmethod
     def linear(cls, T: int = 1000) -> "NoiseSchedule":
-        """DDPM (Ho et al. 2020, section 4): beta of math.md (1) grows from 0.0001 to 0.02."""
+        """DDPM (Ho et al. 2020, section 4): beta, the share of variance that a step replaces by
+        noise, grows from 0.0001 to 0.02. math.md (1)"""
         return cls.from_betas("linear", torch.linspace(1e-4, 0.02, T, dtype=torch.float64))
 
     @classmethod
@@ -50,7 +51,10 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, T: int = 1000) -> "NoiseSchedule":
-        """Nichol & Dhariwal 2021, eq. 17: alpha_bar is a squared cosine; beta is at most 0.999."""
+        """Nichol & Dhariwal 2021, eq. 17: alpha_bar is a squared cosine.
+
+        It is computed from beta, because the paper limits beta to 0.999.
+        """
         s = torch.arange(T + 1, dtype=torch.float64) / T
         f = torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
         return cls.from_betas("cosine", (1 - f[1:] / f[:-1]).clamp(max=0.999))
@@ -63,9 +67,9 @@ class NoiseSchedule:
 
     @classmethod
     def flow(cls, T: int = 1000) -> "NoiseSchedule":
-        """Flow matching (Lipman et al. 2023): (1 - s) x0 + s noise, scaled to variance 1.
+        """Flow matching (Lipman et al. 2023): a straight line, (1 - s) x0 + s noise, s = 1/T .. 1.
 
-        A straight line from data to noise, s = 1/T .. 1. math.md (19)
+        It is scaled so that the squares of both factors add up to 1. math.md (19)
         """
         s = torch.arange(1, T + 1, dtype=torch.float64) / T
         return cls.from_alpha_bar("flow", (1 - s) ** 2 / ((1 - s) ** 2 + s**2))
@@ -76,9 +80,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_alpha_bar(cls, name: str, alpha_bar: Tensor) -> "NoiseSchedule":
-        return cls(
-            name, alpha_bar.clamp(min=1e-9).float()
-        )  # not 0: math.md (8) divides by its root
+        # Not 0: math.md (8) divides by its root.
+        return cls(name, alpha_bar.clamp(min=1e-9).float())
 
 
 def add_noise(
@@ -93,8 +96,8 @@ def add_noise(
 def noise_from_v(network: Network, schedule: NoiseSchedule) -> Network:
     """predict_noise of a network that outputs v = sqrt(ab) noise - sqrt(1 - ab) x0, ab = alpha_bar.
 
-    Salimans & Ho 2022, appendix D. Near pure noise the answer is nearly x_t, which bypasses the
-    network: copying it would cost errors that are large compared with what is left of x0.
+    Salimans & Ho 2022, appendix D. Near pure noise, the noise is almost x_t itself. x_t is added
+    outside of the network, whose copy would be off by more than what is left of x0.
     """
 
     def predict_noise(x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
@@ -110,8 +113,8 @@ def noise_from_velocity(network: Network, schedule: NoiseSchedule) -> Network:
 
     def predict_noise(x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
         alpha_bar = schedule.alpha_bar_at(t, x_t)
-        signal, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # x_t = signal x0 + sigma noise,
-        return (x_t + signal * network(x_t, t, *context)) / (signal + sigma)  # x0 = noise - u: (20)
+        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # x_t = a x0 + s noise, and x0 = noise - u
+        return (x_t + a * network(x_t, t, *context)) / (a + s)  # math.md (20)
 
     return predict_noise
 
@@ -120,9 +123,8 @@ def noise_from_velocity(network: Network, schedule: NoiseSchedule) -> Network:
 #
 #   DDPM    steps=1000  eta=1   every step of the chain, fresh noise after each   (Ho et al. 2020)
 #   fast    steps=40    eta=1   the same with longer strides: the default
-#   DDIM    steps=40    eta=0   no fresh noise: x0 is a function of x_T        (Song et al. 2021)
-#   2M      timesteps=snr_pairs(schedule, 10), order=2, eta=0: DPM-Solver++ (Lu et al. 2022);
-#           with eta=1 its stochastic variant
+#   DDIM    steps=40    eta=0   no fresh noise: x_T alone decides x0           (Song et al. 2021)
+#   few     timesteps=snr_pairs(schedule, 10), order=2: DPM-Solver++ (2M) (Lu et al. 2022)
 #   edit    timesteps=[(599, 579), ..., (19, -1)], x=x_t at t=599: image-to-image
 @torch.no_grad()
 def sample(
@@ -139,15 +141,15 @@ def sample(
 ) -> Tensor:
     """The reverse process (DDPM Algorithm 2; DDIM eq. 12): x (B, ...), noise or x_t, becomes x0.
 
-    timesteps replaces steps: pairs (t, t_prev), descending; t_prev = -1 means clean.
+    timesteps replaces steps: pairs (t, t_prev) in descending order; t_prev = -1 is clean data.
     clip_x0: the data is known to lie in [-1, 1]. order 2 extrapolates x0 from the last two
     estimates. generator: one, or one for each image.
-    on_step(x, t_prev, x0) returns the x to continue with; x0 is the step's estimate.
+    on_step(x, t_prev, x0) returns the x with which the loop continues; x0 is the estimate.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"expected an eta from 0 (DDIM, no fresh noise) to 1 (DDPM), got {eta}")
     alpha_bar = [*schedule.alpha_bar.tolist(), 1.0]  # the last one is alpha_bar[-1]: clean
-    log_snr = schedule.alpha_bar.double().logit().tolist()  # log(signal / noise)
+    log_snr = schedule.alpha_bar.double().logit().tolist()  # log(ab / (1 - ab)), for order 2
     earlier = None  # the estimate of x0 and the log-SNR of the step before
     for t, t_prev in timestep_pairs(schedule.T, steps) if timesteps is None else timesteps:
         if not -1 <= t_prev < t < schedule.T:
@@ -166,9 +168,10 @@ def sample(
             noise = (x - math.sqrt(ab) * x0) / math.sqrt(1 - ab)
         earlier = estimate, log_snr[t]
 
-        sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))  # math.md (10)
-        x = math.sqrt(ab_prev) * x0 + math.sqrt(max(0.0, 1 - ab_prev - sigma**2)) * noise  # (9)
-        if sigma > 0:  # not in the last step: there ab_prev is 1
+        # Back to the level of t_prev, math.md (9), with fresh noise, (10).
+        sigma = eta * math.sqrt((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev))
+        x = math.sqrt(ab_prev) * x0 + math.sqrt(max(0.0, 1 - ab_prev - sigma**2)) * noise
+        if sigma > 0:  # 0 in the last step, where ab_prev is 1
             x = x + sigma * randn_like(x, generator)
 
         if on_step is not None:
@@ -184,7 +187,7 @@ def timestep_pairs(T: int, steps: int) -> list[tuple[int, int]]:
 
 
 def snr_pairs(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int]]:
-    """`steps` pairs, or a few fewer, whose strides are even in log(SNR) from -10 on."""
+    """`steps` pairs, or a few fewer, evenly spaced in log(SNR) from -10 (or its start) on."""
     log_snr = schedule.alpha_bar.double().logit()
     wanted = torch.linspace(max(-10.0, log_snr[-1].item()), log_snr[0].item(), steps + 1)[1:-1]
     nearest = (log_snr[:, None] - wanted).abs().argmin(dim=0)
@@ -193,7 +196,7 @@ def snr_pairs(schedule: NoiseSchedule, steps: int) -> list[tuple[int, int]]:
 
 
 def randn_like(x: Tensor, generator: Generators | None = None) -> Tensor:
-    """Standard normal noise of x's shape, drawn where the generator is, then moved to x."""
+    """Standard normal noise of x's shape, drawn on the generator's device, then moved to x's."""
     if generator is None or isinstance(generator, torch.Generator):
         device = x.device if generator is None else generator.device
         return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x)

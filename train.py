@@ -21,11 +21,11 @@ from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 3e-3
 WARM_UP = 50  # steps
 MAX_GRAD_NORM = 1.0
-LARGE = {  # from 64 pixels on: one level more, and few channels where there are many pixels
-    "channels": (16, 32, 64, 128, 192),
+LARGE = {  # from 64 pixels on: one more level, and fewer channels at high resolution
+    "channels": (16, 32, 64, 128, 128),
     "attention_levels": (False, False, False, True, False),
 }
 
@@ -34,15 +34,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of images (default: cats)")
-    add("--out", type=Path, help="the run's folder (default: runs/DATA); repeat to resume")
+    add("--out", type=Path, help="the run's folder (default: runs/DATA); the same one resumes")
     add("--model", help="start from the weights of this model.pt, or of a ready model")
-    add("--steps", type=int, default=3700, help="in total; more continue a run (default: 3700)")
+    add("--steps", type=int, default=3300, help="total; more continue a run (default: 3300)")
     add("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
     add("--batch", type=int, default=16, help="images in a step (default: 16)")
     add("--schedule", default="sigmoid", choices=SCHEDULES, help="default: sigmoid, or --model's")
-    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    add("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add("--precision", choices=["float32", "bfloat16"], help="default: whichever is faster here")
     args = parser.parse_args()
 
     check_number("--seed", args.seed, 0, 2**32 - 1)
@@ -70,7 +70,7 @@ def main() -> None:
 
     predict_noise = PREDICTIONS[prediction](run.model, schedule)
     for x0 in run.batches():
-        t = run.randint(schedule.T)  # (B,), a time step for each image, all equally likely
+        t = run.timesteps(schedule.T)  # (B,), a time step for each image, all equally likely
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(x_t, t), noise)  # math.md (7)
@@ -113,15 +113,15 @@ def gradient_step(
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Up while the optimizers' averages are young, then linearly down to 0."""
+    """Up for WARM_UP steps, while the optimizers' averages settle; then linearly down to 0."""
     return LEARNING_RATE * min((step + 1) / WARM_UP, 1 - step / steps)
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
-    """Exponential moving average of the weights, steadier than the last ones.
+    """Exponential moving average of the weights, steadier than the latest ones.
 
-    Its memory grows with the run, to about a ninth of it, so that it forgets the random start.
+    It averages over roughly the last ninth of the run so far, so that it forgets the random start.
     """
     decay = min(0.9999, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)
@@ -150,8 +150,7 @@ def start_run(
     example: inputs of the network for one image. preview_calls: network calls of 36 images each in
     a preview; by default 40 of them sample, the others measure the loss by level.
     """
-    layout = torch.channels_last if args.device.type == "cuda" else torch.contiguous_format
-    network.to(args.device, memory_format=layout)
+    network.to(args.device)
     ema = copy.deepcopy(network).requires_grad_(False).eval()
     settings = {"images": len(data.images), "checksum": data.checksum} | (settings or {})
     numbers = args.steps, args.batch, args.seed, args.device, args.precision
@@ -176,7 +175,7 @@ def start_run(
 
 
 def log_samples(run: Run, predict_noise: Callable, schedule: NoiseSchedule) -> None:
-    """What the EMA makes of 36 pieces of noise, always the same, and its loss by noise level."""
+    """Samples of the EMA from the same 36 noise images each time, and its loss by noise level."""
     shape, x0 = run.data.images.shape[1:], from_uint8(run.data.images[:64]).to(run.device)
     with autocast(run.device, run.precision):
         x = sample_seeds(predict_noise, shape, range(36), schedule, run.device, clip_x0=True)

@@ -1,9 +1,10 @@
-"""The function a diffusion model learns: given a noised image and its time step, predict the noise.
+"""The function a diffusion model learns: given a noised image and its time step, predict the noise
+(or v, from which the noise follows: processes.noise_from_v).
 
 This is the U-Net of DDPM (Ho et al. 2020, appendix B) and, by its constructor's arguments alone,
 Stable Diffusion's. It works at several resolutions: on the way down each level halves the image, on
 the way up each level doubles it. Skip connections carry the detail of each resolution across, so
-that low resolutions can decide what is there and high ones only where exactly.
+that low resolutions decide what is there, and high ones exactly where.
 """
 
 import math
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Time steps (B,) as waves (B, dim): cosines, then sines (Vaswani et al. 2017, section 3.5).
+    """Time steps (B,) as cosines, then sines of t (B, dim) (Vaswani et al. 2017, section 3.5).
 
-    The wavelengths grow geometrically from 2 pi towards 2 pi 10,000: the fast waves distinguish
-    neighbouring steps, the slow ones early from late.
+    The wavelengths grow geometrically from 2 pi towards 2 pi 10,000 time steps: fast waves
+    distinguish neighbouring steps, slow ones early from late.
     """
     half = dim // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
@@ -28,9 +29,9 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions, t added between them, and a shortcut.
+    """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions, t between them, and a shortcut.
 
-    GroupNorm, because its statistics are those of one image: the images of a batch have different
+    GroupNorm, because it normalizes each image by itself: the images of a batch have different
     noise levels.
     """
 
@@ -42,7 +43,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # at first the block passes its input on unchanged
+        nn.init.zeros_(self.conv2.weight)  # at first only a constant is added to the shortcut
 
     def forward(self, x: Tensor, t_emb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
@@ -78,7 +79,7 @@ class SelfAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, 2 h, 2 w), or cropped to (B, C, height, width): 7 halve to 4."""
+    """(B, C, h, w) -> (B, C, 2 h, 2 w), or cropped: 7 pixels halve to 4, which double to 8."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -107,15 +108,15 @@ class UNet(nn.Module):
 
     channels: one number per level; each level is half as high and wide as the one before.
     attention_levels: one flag per level; the middle always has attention. attention_block: a
-    callable (channels, heads, groups) -> module. groups = 1, because many groups discard the mean
-    colour (docs/history.md).
+    callable (channels, heads, groups) -> module. groups = 1: to normalize few channels at a time
+    removes their mean, and with it the image's colour (docs/history.md).
     """
 
     def __init__(
         self,
         in_channels: int = 3,
         out_channels: int = 3,
-        channels: Sequence[int] = (32, 64, 128, 128),
+        channels: Sequence[int] = (24, 48, 96, 96),
         num_res_blocks: int = 1,
         attention_levels: Sequence[bool] = (False, False, True, False),
         heads: int = 2,
@@ -170,7 +171,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         t_emb = timestep_embedding(t, self.t_mlp[0].in_features).to(x.dtype)
         t_emb = self.t_mlp(t_emb)  # (B, 4 channels[0])
-        x = self.conv_in(x)
+        x = self.conv_in(x.to(memory_format=torch.channels_last))  # all convolutions get faster
         skips = [x]
         for block in self.down:
             x = block(x, t_emb, context)
@@ -181,5 +182,5 @@ class UNet(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)
             x = block(x, t_emb, context, size=skips[-1].shape[2:] if skips else ())
         x = F.silu(self.norm_out(x))
-        with torch.autocast(x.device.type, enabled=False):  # 8 significant bits are too coarse
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse here
             return self.conv_out(x.to(self.conv_out.weight.dtype))

@@ -72,6 +72,8 @@ def make_step(args: argparse.Namespace, name: str, training: bool) -> Callable[[
     x = torch.randn(batch, 4 if args.v15 else 3, args.size, args.size)
     inputs = [x, torch.randint(1000, (batch,)), torch.randn(batch, 77, 768)]
     inputs = [given.to(device) for given in inputs[: 3 if args.v15 else 2]]
+    if args.compile and name == "ours":
+        network.compile()
     if training and name == "ours":
         ema, optimizers = copy.deepcopy(network), make_optimizers(network)
     elif training:
@@ -120,6 +122,7 @@ def main() -> None:
     add("--size", type=int, default=32, help="pixels, or latents (default: 32)")
     add("--rounds", type=int, default=8)
     add("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    add("--compile", action="store_true", help="ours with torch.compile, which takes minutes")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
     args.batch = args.batch or (1 if args.v15 else 16)

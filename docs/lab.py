@@ -289,8 +289,8 @@ BUGS = {  # name: (file, what stands there, what stands there instead, the tests
     ),
     "t is never 0": (
         "train.py",
-        "run.randint(schedule.T)",
-        "1 + run.randint(schedule.T - 1)",
+        "run.timesteps(schedule.T)",
+        "1 + run.timesteps(schedule.T - 1)",
         "test_train.py",
     ),
     "an EMA that is too young": (

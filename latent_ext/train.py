@@ -1,7 +1,7 @@
 """Train the networks of the second evening, from scratch: `python -m latent_ext.train PART`.
 
 classes: a class-conditional U-Net in pixels. vae, clip, unet: the three networks of Stable
-Diffusion, each of which needs those before it. all: these three. The file train_PART.py has the
+Diffusion; the U-Net needs the other two. all: these three, in order. Each train_PART.py has the
 loop of the core's train.py with a loss of its own.
 """
 
@@ -27,13 +27,13 @@ def main() -> None:
     add = parser.add_argument
     add("part", choices=[*PARTS, "all"], help="all: vae, clip and unet")
     add("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of images (default: cats)")
-    add("--out", type=Path, help="folder (default: runs/DATA-classes, else runs/DATA-latent)")
-    add("--size", type=int, help=f"pixels (default: the data's own for classes, else {SIZE})")
-    add("--steps", type=int, help=f"in total; more continue a run (default: {steps})")
+    add("--out", type=Path, help="folder (default: runs/DATA-classes or runs/DATA-latent)")
+    add("--size", type=int, help=f"pixels (default: the data's own for classes, otherwise {SIZE})")
+    add("--steps", type=int, help=f"total; more continue a run (default: {steps})")
     add("--batch", type=int, help=f"images in a step (default: {batch})")
-    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    add("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
+    add("--precision", choices=["float32", "bfloat16"], help="default: whichever is faster here")
     args = parser.parse_args()
 
     check_number("--seed", args.seed, 0, 2**32 - 1)
@@ -48,30 +48,28 @@ def main() -> None:
         data = select(data, ~held_out_combination(data.labels))
     args.out = args.out or Path("runs") / f"{data.name}-{kind}"
     for part in parts:
-        module, own = PARTS[part], argparse.Namespace(**vars(args))
-        own.steps = module.STEPS if args.steps is None else args.steps
-        own.batch = module.BATCH if args.batch is None else args.batch
-        module.train(own, data)
+        module, part_args = PARTS[part], argparse.Namespace(**vars(args))
+        part_args.steps = module.STEPS if args.steps is None else args.steps
+        part_args.batch = module.BATCH if args.batch is None else args.batch
+        module.train(part_args, data)
 
 
 def check(args: argparse.Namespace, parts: list[str], data: Data) -> None:
     if args.part == "all" and args.steps is not None:
-        raise UserError("--steps: expected one part, got all; train vae, clip and unet in turn")
+        raise UserError("--steps works for one part only: train vae, clip and unet one by one")
     if args.part == "classes":
         if not data.classes:
-            raise UserError(
-                f"--data {args.data}: expected classes, each in a sub-folder of its own"
-            )
+            raise UserError(f"--data {args.data}: expected classes, one sub-folder per class")
         return
     if data.size % train_clip.PATCH:
         raise UserError(f"--size {data.size}: expected a multiple of {train_clip.PATCH}")
-    if not data.captions:
-        raise UserError(f"--data {args.data}: expected captions, image.txt next to image.jpg")
+    if not data.captions and parts != ["vae"]:
+        raise UserError(f"--data {args.data}: expected captions: image.txt next to image.jpg")
     if "clip" in parts:  # it compares the images and captions of a batch with each other
         if PROCESSES > 1:
-            raise UserError("clip: expected one process, got several; train it without torchrun")
+            raise UserError("clip trains in one process only: run it without torchrun")
         if len(set(data.captions)) < 2:
-            raise UserError(f"--data {args.data}: expected two different captions or more")
+            raise UserError(f"--data {args.data}: expected at least two different captions")
         check_number("--batch", train_clip.BATCH if args.batch is None else args.batch, 2)
 
 

@@ -1,7 +1,7 @@
 """The class-conditional U-Net in pixels: the core's training, with labels.
 
-In one image of ten the labels are dropped, so that the same network learns to predict the noise
-without them, too: classifier-free guidance needs both (Ho & Salimans 2021, Algorithm 1).
+For one image in ten the labels are dropped, so the network also learns to predict the noise without
+them; classifier-free guidance needs both (Ho & Salimans 2021, Algorithm 1).
 """
 
 import argparse
@@ -22,10 +22,10 @@ from toolbox.seeds import sample_seeds
 from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 2200, 16
-CHANNELS = (32, 64, 96, 128)  # fewer than the core's: cross-attention has parameters, too
+CHANNELS = (24, 48, 96, 96)  # as in the core
 COND_DROP_PROB = 0.1
-PREVIEW_SCALE = 3.0  # of guidance
-PREVIEW_CALLS = 94  # measured: 40 steps of two calls, the loss at 10 levels, and plots
+PREVIEW_SCALE = 3.0  # guidance scale
+PREVIEW_CALLS = 94  # 40 steps of two calls, the loss at 10 levels, and plots (measured)
 
 
 def train(args: argparse.Namespace, data: Data) -> None:
@@ -40,13 +40,13 @@ def train(args: argparse.Namespace, data: Data) -> None:
 
     predict_noise = noise_from_v(run.model, schedule)
     for x0 in run.batches():
-        t = run.randint(schedule.T)  # (B,)
+        t = run.timesteps(schedule.T)  # (B,)
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
-        labels = data.labels[run.indices].to(run.device) + 1  # (B, questions); 0: left open
+        labels = data.labels[run.indices].to(run.device) + 1  # (B, attributes); 0 is open
         labels[drop_condition(run)] = 0
         if labels.shape[1] > 1:
-            for answers in labels.T:  # (B,), a view: so a prompt may leave any question open
-                answers[drop_condition(run)] = 0
+            for attribute in labels.T:  # (B,), a view: a prompt may leave some of them open
+                attribute[drop_condition(run)] = 0
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(x_t, t, labels), noise)  # math.md (7)
         gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
 
 
 def drop_condition(run: Run) -> Tensor:
-    """(B,): True for the images that are trained without a condition in this step."""
+    """(B,): True where this step drops the condition."""
     return run.randint(round(1 / COND_DROP_PROB)) == 0
 
 
@@ -68,9 +68,9 @@ def log_samples(
     null_context: Tensor,
     decode: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """What the EMA makes of the conditions of 36 images, and its loss by noise level on them.
+    """Samples of the EMA for the conditions of 36 images, and its loss on them by noise level.
 
-    decode: for latents, whose x0 is not clipped, as they have no known range.
+    decode: for latents, whose x0 is not clipped because their range is unknown.
     """
     shape, indices = run.data.images.shape[1:], preview_indices(run.data)
     x0 = run.data.batch(indices, torch.zeros(len(indices), dtype=torch.bool)).to(run.device)

@@ -1,7 +1,6 @@
-"""CLIP: the images of a batch and their captions, each of which must find its partner.
+"""Train CLIP: in each batch every image must find its caption, and every caption its image.
 
-Afterwards the image encoder has done its work, and the text encoder stays as it is: what it
-outputs at each token is what the U-Net is conditioned on.
+Then only the text encoder is used, unchanged: its output is the U-Net's context.
 """
 
 import argparse
@@ -18,10 +17,10 @@ from toolbox.images import plot_training, save_plot, to_image
 from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 300, 64
-PATCH = 8  # pixels of a side
+PATCH = 8  # width and height in pixels
 TRANSFORMER = {"width": 128, "layers": 4, "heads": 4}  # of both encoders
-OTHERS = 63  # captions that an image's own is compared with
-PREVIEW_CALLS = 17  # measured: 512 images, their different captions, and two plots
+OTHERS = 63  # an image's own caption is compared with so many others
+PREVIEW_CALLS = 17  # in network calls: 512 images, their captions, and two plots (measured)
 
 
 def train(args: argparse.Namespace, data: Data) -> None:
@@ -56,9 +55,9 @@ def train(args: argparse.Namespace, data: Data) -> None:
 
 @torch.no_grad()
 def retrieval_accuracy(network: CLIP, tokenizer: Tokenizer, data: Data, others: int) -> float:
-    """The share of images that fit their own caption better than any of `others` different ones.
+    """The share of the first 512 images that fit their own caption better than `others` others.
 
-    For each image these are drawn at random, always the same. By chance: 1 / (1 + others).
+    These are drawn at random, but always the same. Chance: 1 / (1 + others).
     """
     device = network.logit_scale.device
     captions, caption_of = unique_captions(data.captions)

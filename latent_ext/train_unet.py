@@ -1,6 +1,6 @@
 """The U-Net of Stable Diffusion: the core's training, on the VAE's latents, with captions.
 
-As in train_classes.py, one image of ten is trained without its condition: with an empty caption.
+As in train_classes.py, one image in ten is trained without its condition, here an empty caption.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from train import autocast, gradient_step, start_run
 from unet import UNet
 
 STEPS, BATCH = 1800, 16
-SIZES = {"channels": (64, 128, 160), "attention_levels": (False, True, False), "heads": 4}
+UNET = {"channels": (64, 128, 160), "attention_levels": (False, True, False), "heads": 4}
 
 
 def train(args: argparse.Namespace, data: Data) -> None:
@@ -44,7 +44,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
     torch.manual_seed(args.seed)  # the network's first weights
     channels = vae.config["latent_channels"]
     attention = partial(SpatialTransformer, context_width=contexts.shape[2])
-    network = UNet(channels, channels, attention_block=attention, **SIZES)
+    network = UNet(channels, channels, attention_block=attention, **UNET)
     schedule = NoiseSchedule.cosine()
     parts = network, vae, text_encoder, tokenizer, schedule
     pipeline = Pipeline(*parts, data.size, prediction="v_prediction", spacing="trailing")
@@ -56,7 +56,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
 
     predict_noise = noise_from_v(run.model, schedule)
     for z0 in run.batches():
-        t = run.randint(schedule.T)  # (B,)
+        t = run.timesteps(schedule.T)  # (B,)
         z_t, noise = add_noise(z0, t, schedule, run.randn_like(z0))
         choices = variants[run.indices].to(run.device)  # (B, VARIANTS)
         chosen = choices.gather(1, run.randint(VARIANTS)[:, None])[:, 0]  # (B,)
@@ -70,21 +70,21 @@ def train(args: argparse.Namespace, data: Data) -> None:
             log_samples(run, schedule, context, contexts[:1], pipeline.decode)
             save(replace(pipeline, unet=run.ema), args.out)
     if RANK == 0:
-        save(replace(pipeline, unet=run.ema), args.out)  # in case a kill prevented the last one
+        save(
+            replace(pipeline, unet=run.ema), args.out
+        )  # in case a kill interrupted the last preview
     print(f"to draw with it: python -m latent_ext.generate PROMPT --model {args.out}")
 
 
 def load_parts(
     folder: Path, device: torch.device
 ) -> tuple[VAE, TextEncoder, Tokenizer, dict[str, int]]:
-    """What the trainings vae and clip have made, and the checksums of their files."""
+    """What the trainings of vae and clip saved, and the checksums of those files."""
     content, checksums = {}, {}
     for part in ("vae", "clip"):
         path = folder / part / "model.pt"
         if not path.exists():
-            raise UserError(
-                f"{path}: no such file; before the U-Net comes python -m latent_ext.train {part}"
-            )
+            raise UserError(f"{path} is missing: first run python -m latent_ext.train {part}")
         content[part], checksums[part] = read(path), zlib.crc32(path.read_bytes())
     with same_network(folder):
         vae = VAE(**content["vae"]["network"])

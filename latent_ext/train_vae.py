@@ -1,8 +1,8 @@
-"""The VAE: images go through small latents and should come back unchanged.
+"""Train the VAE: images pass through small latents and should come back unchanged.
 
-The loss is the squared error, and a little of the KL divergence. Stable Diffusion's VAE was also
-trained with a perceptual and an adversarial loss (Rombach et al. 2022, appendix G), which make
-invented texture look real; drawn cats have none.
+The loss is the squared error plus a little KL divergence. Stable Diffusion's VAE also had a
+perceptual and an adversarial loss (Rombach et al. 2022, appendix G), which make invented texture
+look real; drawn cats have no texture.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 4500, 4
 CHANNELS = (16, 32, 64)
-KL_WEIGHT = 1e-6  # latents should be compact, but above all keep the image
-PREVIEW_CALLS = 2  # measured: a reconstruction, and its grid
+KL_WEIGHT = 1e-6  # the image matters most; a little KL keeps the latents compact
+PREVIEW_CALLS = 2  # in network calls: a reconstruction, and its grid (measured)
 
 
 def train(args: argparse.Namespace, data: Data) -> None:

@@ -30,18 +30,21 @@ class Muon(torch.optim.Optimizer):
                 w.mul_(1 - lr * decay).sub_(update.view_as(w), alpha=lr)
 
 
-def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The same left and right singular vectors, but all singular values near 1 (0.7 .. 1.2).
+def orthogonal(matrix: Tensor, rounds: int = 3) -> Tensor:
+    """The same left and right singular vectors, but singular values near 1 (0.7 .. 1.2).
 
     Each round (Newton-Schulz) maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5,
     which in matrices is X <- P X with P = 3.4445 - 4.775 G + 2.0315 G^2 and the small G = X X'.
+    Three rounds suffice for values from 1/50 of the norm on; smaller ones grow up to 41-fold.
     """
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-12)  # no singular value is above 1
     gram = x @ x.T
     total = one = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(rounds):
-        p = 3.4445 * one - 4.775 * gram + 2.0315 * gram @ gram
-        total, gram = p @ total, p @ gram @ p
+    for i in range(rounds):
+        p = torch.addmm(3.4445 * one - 4.775 * gram, gram, gram, alpha=2.0315)
+        total = p @ total
+        if i < rounds - 1:
+            gram = p @ gram @ p
     x = total @ x
     return x.T if len(matrix) > matrix.shape[1] else x

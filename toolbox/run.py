@@ -111,6 +111,14 @@ class Run:
         """A whole number in 0 .. high - 1 for each image, uniformly: (B,) long."""
         return self.local_shard(torch.randint(high, (self.batch,), generator=self.generator))
 
+    def timesteps(self, T: int) -> Tensor:
+        """A time step for each image: each is uniform in 0 .. T-1, together they are evenly spaced.
+
+        So no batch misses a noise level by chance (Kingma et al. 2021, appendix I.1). (B,) long.
+        """
+        first = torch.randint(T, (), generator=self.generator)
+        return self.local_shard((first + torch.arange(self.batch) * T // self.batch) % T)
+
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise of x's shape, for each image of the shard."""
         noise = torch.randn(self.batch, *x.shape[1:], generator=self.generator)
