@@ -109,16 +109,13 @@ def lock_folder(folder: Path) -> None:
     path, mine = folder / "lock", f"{os.getpid()} {socket.gethostname()}"
     with system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            path.open("x").close()  # fails if the file exists
-        except FileExistsError:
-            pid, _, host = (lock := path.read_text("utf-8", "replace")).partition(" ")
-            if lock != mine and host == socket.gethostname() and process_alive(pid):
+        lock = path.read_text("utf-8") if path.exists() else mine
+        if lock != mine:
+            pid, _, host = lock.partition(" ")
+            if host == socket.gethostname() and process_alive(pid):
                 advice = f"use another --out, or wait for it (if it is none, delete {path})"
-                sentence = f"another training, process {pid}, is using {folder}: {advice}"
-                raise UserError(sentence) from None
-            if lock != mine:
-                print(f"took over {folder}: process {pid} no longer runs here", flush=True)
+                raise UserError(f"another training, process {pid}, is using {folder}: {advice}")
+            print(f"took over {folder}: process {pid} no longer runs here", flush=True)
         path.write_text(mine, "utf-8")
     atexit.register(path.unlink, missing_ok=True)
     remove_leftovers(folder)
