@@ -65,7 +65,7 @@ def load_model(
     if path.is_dir():
         raise UserError(f"{path}: use python -m latent_ext.generate for this one")
     content = read(path)
-    if not isinstance(content, dict) or content.get("format") not in (2, FORMAT):
+    if content.get("format") not in (2, FORMAT):
         raise UserError(f"{path}: expected a model.pt of this repository (format {FORMAT})")
     config, weights = content["network"], content.pop("weights")
     if content["format"] == 2:
@@ -124,18 +124,19 @@ def find_model(name: str | Path) -> Path:
     raise UserError(f"--model {name}: no such model file; {hint}")
 
 
-def read(path: Path) -> object:
+def read(path: Path) -> dict:
     """torch.load without executing anything that a file may contain (weights_only)."""
     verify_checksum(path)
     with system_errors(path):
         content = io.BytesIO(path.read_bytes())
     try:
-        return torch.load(content, map_location="cpu", weights_only=True)
+        return dict(torch.load(content, map_location="cpu", weights_only=True))
     except Exception as error:  # whatever its bytes lead to
-        raise UserError(f"{path}: expected a file of torch.save; this one is damaged") from error
+        sentence = "expected a file of torch.save with named entries; this one is damaged"
+        raise UserError(f"{path}: {sentence}") from error
 
 
-def write(path: Path, content: object) -> None:
+def write(path: Path, content: dict) -> None:
     """torch.save, all or nothing."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
