@@ -89,9 +89,8 @@ def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tenso
 
 def generate(predict_noise: Network, shape: Sequence[int], seeds: range, **options) -> Tensor:
     """The images of these seeds, as sample.py makes them: uint8 (N, *shape)."""
-    images = []
-    for first in tqdm(seeds[::BATCH], desc="sampling", leave=False):
-        batch = range(first, min(first + BATCH, seeds.stop))
+    batches, images = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)], []
+    for batch in tqdm(batches, desc="sampling", leave=False):
         x0 = sample_seeds(predict_noise, shape, batch, clip_x0=True, **options)
         images.append(to_uint8(x0).cpu())
     return torch.cat(images)

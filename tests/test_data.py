@@ -103,20 +103,17 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
         (lambda path: path.write_text("no image at all"), "cannot identify image file"),
         (cut, "truncated"),
-        (lambda path: save(path, size=(300, 300)), "300 x 300 pixels"),
         (lambda path: save(path, two("F", 1.0, 0.5)), "fractions"),
         (lambda path: save(path, two("I", 9, -5)), "negative"),
         (lambda path: path.symlink_to("nowhere.tif"), "No such file"),
     ],
 )
-def test_what_is_no_image_is_refused_in_a_sentence(here, monkeypatch, make, sentence):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_999)
+def test_what_is_no_image_is_refused_in_a_sentence(here, make, sentence):
     make(here / "a.tif")
     with pytest.raises(UserError, match=f"a.tif: not a readable image .*{sentence}"):
         read_image(here / "a.tif", 16)
