@@ -1,7 +1,6 @@
 """Folders of any images, decoded once; the drawn cats; known sets as torchvision lays them out."""
 
 import os
-import pickle
 import re
 import struct
 import subprocess
@@ -73,7 +72,7 @@ def test_transparent_pixels_are_white(here):
 def test_the_middle_is_kept_rotation_obeyed_and_detail_averaged(here):
     wide = Image.new("RGB", (90, 30), "black")
     wide.paste("white", (30, 0, 60, 30))
-    assert read_image(save("wide.png", wide), 8).min() > 230
+    assert read_image(save("wide.png", wide), 9).min() > 230
 
     exif = Image.Exif()
     exif[0x0112] = 6  # turned clockwise: what was left is above
@@ -248,7 +247,8 @@ def test_it_is_decoded_once_until_the_folder_changes_or_the_cache_is_damaged(her
     save("photos/b.png")
     assert load() == ([10, 200], 2)
     whole = next(Path("data").iterdir()).read_bytes()
-    for damaged in (b"", whole[:100], whole[:-1], pickle.dumps(Evil(), protocol=2)):
+    torch.save(Evil(), "evil")
+    for damaged in (b"", whole[:100], whole[:-1], Path("evil").read_bytes()):
         next(Path("data").iterdir()).write_bytes(damaged)
         assert load() == ([10, 200], 2) and load() == ([10, 200], 0)
     assert not Path("executed").exists()
