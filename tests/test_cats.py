@@ -49,7 +49,7 @@ def test_the_same_cat_at_every_size_anti_aliased():
     large, _, same_captions = draw(16, 128)
     shrunk = F.avg_pool2d(large, 4)
     assert captions == same_captions
-    assert (shrunk - small).abs().mean() < 0.03  # coverage by distance is not exactly a mean
+    assert (shrunk - small).abs().mean() < 0.02  # coverage by distance is not exactly a mean
     assert (shrunk - small.roll(1, 0)).abs().mean() > 0.3
     assert (shrunk - large[:, :, 2::4, 2::4]).abs().mean() > 0.03  # one hard point for each pixel
 
