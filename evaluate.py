@@ -118,7 +118,7 @@ def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Dat
     real, others = metrics.split(data.images, len(samples))
     ours, theirs, b = (network.extract_features(images) for images in (samples, real, others))
     distances = {"KID x 1000": lambda a, b: 1000 * metrics.kernel_distance(a, b)}
-    if min(len(ours), len(theirs), len(b)) >= metrics.FRECHET_FROM:
+    if min(len(ours), len(b)) >= metrics.FRECHET_FROM:
         distances[network.frechet] = metrics.frechet_distance
     for name, distance in distances.items():
         results = (metrics.jackknife(distance, a, b) for a in (ours, theirs))
