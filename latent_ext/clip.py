@@ -82,19 +82,21 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path, length: int) -> "Tokenizer":
         """From a tokenizer.json; or from CLIP's merges.txt, with or without its vocab.json."""
-        path = folder / "tokenizer.json"
+        path, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
         try:
             if path.exists():
                 rules = Rules.from_file(str(path))
                 rules.encode("?")  # fails where unknown words have no token
                 return cls(rules, length)
-            path = folder / "vocab.json"
-            vocabulary = json.loads(path.read_text("utf-8")) if path.exists() else {}
             path = folder / "merges.txt"
+            tokens = json.loads(vocabulary.read_text("utf-8")) if vocabulary.exists() else {}
             merges = path.read_text("utf-8").split("\n")[1:]  # the first line is a title
-            return cls.of_clip([line for line in merges if line], vocabulary, length)
+            return cls.of_clip([line for line in merges if line], tokens, length)
         except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{path}: expected CLIP's or our own tokens ({error})") from error
+            raise UserError(
+                f"{path}: expected a tokenizer.json, or CLIP's merges.txt, which is in the folder "
+                f"`tokenizer` of any Stable Diffusion v1.x of diffusers ({error})"
+            ) from error
 
     @property
     def size(self) -> int:
@@ -125,6 +127,8 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"expected heads that divide the width {width}, got {heads}")
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
@@ -160,10 +164,8 @@ class TextEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        n, length = tokens.shape[1], self.config["length"]
-        if n > length:
-            raise ValueError(f"expected at most {length} tokens, got {n}: cut the text")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:n]  # (B, n, width)
+        positions = self.position_embedding.weight[: tokens.shape[1]]
+        x = self.token_embedding(tokens) + positions  # (B, length, width)
         for layer in self.layers:
             x = layer(x, causal=True)
         return self.norm_out(x)
