@@ -36,28 +36,11 @@ def test_the_text_encoder_equals_transformers(config):
     assert difference(ours, theirs, some_tokens()[:, :7]) < 1e-9  # fewer tokens
 
 
-def test_by_its_arguments_alone_it_is_stable_diffusions():
-    with torch.device("meta"):
-        sizes = [p.numel() for p in TextEncoder(**V15_TEXT).parameters()]
-    assert sum(sizes) == 123_060_480 and len(sizes) == 196
-
-
 @pytest.mark.slow
 def test_the_text_encoder_equals_transformers_at_full_width():
     ours, theirs = text_pair(TextEncoder(**V15_TEXT))
     tokens = torch.randint(0, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
     assert difference(ours, theirs, tokens) < 1e-4
-
-
-@torch.no_grad()
-def test_a_token_sees_those_before_it_only():
-    """So neither padding nor the rest of the batch changes what a text means."""
-    text = randomise(TextEncoder(**SMALL).double())
-    tokens = some_tokens()
-    states = text(tokens)
-    torch.testing.assert_close(text(tokens[1:2, :5])[0], states[1, :5], atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="at most 12 tokens, got 13"):
-        text(torch.zeros(1, 13, dtype=torch.long))
 
 
 EMBEDDINGS = "vision_model.embeddings"
@@ -128,28 +111,22 @@ def test_logits_start_as_in_the_paper_end_at_100_and_are_float32(learned, scale)
     torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.001)
 
 
-def test_perfect_logits_cost_what_cannot_be_known():
-    """Which of n equal captions is meant: log n. Here three are equal, two, and one."""
+def test_of_equal_captions_each_is_as_right_as_the_others():
+    """Which of n equal ones is meant, nobody knows: log n. Here three are equal, two, and one."""
     captions = torch.tensor([7, 2, 7, 9, 2, 7])
     perfect = (200.0 * (captions[:, None] == captions[None])).requires_grad_()
     loss = contrastive_loss(perfect, captions)
     assert loss.item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 6, abs=1e-6)
     assert torch.autograd.grad(loss, perfect)[0].abs().max() < 0.1  # nothing left to learn
-    worse = perfect + torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    assert contrastive_loss(worse, captions) > loss
-    turned = contrastive_loss(worse.T, captions)
-    assert turned.item() == pytest.approx(contrastive_loss(worse, captions).item())
-    assert contrastive_loss(torch.zeros(6, 6), captions).item() == pytest.approx(math.log(6))
 
 
-def test_embeddings_start_small_and_config_rebuilds_the_encoder():
+def test_embeddings_start_small_and_impossible_heads_are_named():
     torch.manual_seed(0)
     text = TextEncoder(**SMALL | {"vocab_size": 500, "length": 500})
     assert text.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert text.position_embedding.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    again = TextEncoder(**text.config)
-    again.load_state_dict(text.state_dict())
-    assert again.config == text.config
+    with pytest.raises(ValueError, match="heads that divide the width 24, got 5"):
+        TextEncoder(**SMALL | {"heads": 5})
 
 
 CAPTIONS = ["an orange tabby cat with green eyes"]
