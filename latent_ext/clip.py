@@ -36,11 +36,11 @@ class Tokenizer:
         self.start, self.end = rules.token_to_id(START), rules.token_to_id(END)
         if self.start is None or self.end is None:
             raise UserError(f"expected a vocabulary with the tokens {START} and {END}")
-        rules.no_padding()  # a tokenizer.json may ask for both
-        rules.no_truncation()
         rules.post_processor = processors.TemplateProcessing(
             single=f"{START} $A {END}", special_tokens=[(START, self.start), (END, self.end)]
         )
+        rules.enable_truncation(length)
+        rules.enable_padding(length=length, pad_id=self.end, pad_token=END)
 
     @classmethod
     def of_words(cls, captions: Sequence[str], length: int | None = None) -> "Tokenizer":
@@ -104,19 +104,15 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = [encoding.ids[1:-1] for encoding in self.rules.encode_batch(texts)]
-        rows = [[self.start, *row[: self.length - 2], self.end] for row in rows]
-        rows = [row + [self.end] * (self.length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor([encoding.ids for encoding in self.rules.encode_batch(texts)])
 
     def truncated(self, text: str) -> str:
         """The end of a text that is too long: what `__call__` cuts off."""
-        offsets = self.rules.encode(text).offsets[1:-1]
-        kept = self.length - 2
-        return text[offsets[kept][0] :] if len(offsets) > kept else ""
+        rest = self.rules.encode(text).overflowing  # in pieces that begin with START, too
+        return text[rest[0].offsets[1][0] :] if rest else ""
 
     def unknown(self, text: str) -> list[str]:
-        """The words of a text that this vocabulary lacks."""
+        """The words of a text that this vocabulary lacks, as far as the text is not cut."""
         encoding = self.rules.encode(text)
         tokens = zip(encoding.tokens, encoding.offsets, strict=True)
         return [text[begin:end] for token, (begin, end) in tokens if token == UNKNOWN]

@@ -149,7 +149,7 @@ def words(tokenizer, text):
         ("cat, Na\u00efve", "< cat ? ? > >", "", [",", "Na\u00efve"]),
         ("a white cat with", "< a white cat with >", "", []),  # just fits
         ("a white cat with eyes", "< a white cat with >", "eyes", []),
-        ("a a a a  Blue, on", "< a a a a >", "Blue, on", [","]),  # as it was typed
+        ("a a a a  Blue, on", "< a a a a >", "Blue, on", []),  # as it was typed
     ],
 )
 def test_a_text_is_start_words_end_and_padding(text, expected, truncated, unknown):
@@ -165,7 +165,6 @@ def test_texts_become_rows_and_the_order_of_captions_does_not_matter():
     assert torch.equal(rows[1:], tokenizer(CAPTIONS[1]))
     assert tokenizer.size == 3 + len({word for text in CAPTIONS for word in text.split()})
     assert torch.equal(rows, Tokenizer.of_words(CAPTIONS[::-1])(CAPTIONS))
-    assert tokenizer([]).dtype == torch.long
 
 
 @pytest.mark.parametrize(("count", "length"), [(18, 20), (19, 21), (75, 77), (90, 77)])

@@ -20,14 +20,13 @@ from unittest import mock
 
 import diffusers
 import numpy as np
-import oracles
 import pytest
 import safetensors.torch
 import torch
 from conftest import Evil
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
-from oracles import V15_TEXT, V15_UNET, V15_VAE, error, randomise, their_unet, their_vae
+from oracles import V15_TEXT, V15_UNET, V15_VAE, error, text_pair, unet_pair, vae_pair
 from test_pipeline import SD, TOY, tiny_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -79,6 +78,7 @@ def state_of(judge):
     return {name.removeprefix("text_model."): w for name, w in judge.state_dict().items()}
 
 
+@torch.no_grad()
 def difference(pipeline, judges):
     """The largest, of all networks, in units of the largest number of each."""
     generator = torch.Generator().manual_seed(7)
@@ -98,14 +98,11 @@ def difference(pipeline, judges):
 
 @pytest.fixture(scope="module")
 def judges():
-    with torch.device("meta"):
-        configs = [network.config for network in our_networks(**SMALL).values()]
-    unet, vae = their_unet(configs[0], SMALL_TEXT["width"]), their_vae(configs[1])
-    unet.register_to_config(sample_size=64)
-    judges = unet, vae, CLIPTextModel(oracles.their_text_config(configs[2]))
-    for seed, judge in enumerate(judges):
-        randomise(judge.double().eval().requires_grad_(False), seed)
-    return dict(zip(PARTS, judges, strict=True))
+    """Diffusers' and transformers' networks, with random weights."""
+    pairs = zip((unet_pair, vae_pair, text_pair), our_networks(**SMALL).values(), strict=True)
+    judges = {part: pair(ours.double())[1] for part, (pair, ours) in zip(PARTS, pairs, strict=True)}
+    judges["unet"].register_to_config(sample_size=64)
+    return judges
 
 
 @pytest.fixture(scope="module")
@@ -274,8 +271,8 @@ def test_every_layout_loads_and_computes_what_diffusers_does(kind, settings, lay
 
 
 def test_a_single_file_may_be_for_inpainting(layout, judges):
-    unet = their_unet(SMALL["unet"] | {"in_channels": 9}, SMALL_TEXT["width"]).double()
-    judges = judges | {"unet": randomise(unet.requires_grad_(False))}
+    unet = our_networks(**SMALL | {"unet": SMALL["unet"] | {"in_channels": 9}})["unet"]
+    judges = judges | {"unet": unet_pair(unet.double())[1]}
     pipeline = load(layout(".safetensors", judges))
     assert pipeline.for_inpainting and difference(pipeline, judges) < 1e-9
 
