@@ -322,8 +322,9 @@ def test_what_is_saved_loads_again_and_diffusers_draws_the_same(like, tmp_path):
         again = load(tmp_path)
         for part in PARTS:
             assert getattr(again, part).config == getattr(pipeline, part).config
-        rounded = (p.half().float() for p in parameters(pipeline))  # 32 bits, unless asked for 16
+        rounded = (p.half().float() for p in parameters(pipeline))
         assert all(map(torch.equal, parameters(again), rounded))
+        assert {p.dtype for p in parameters(again)} == {torch.float32}  # unless asked for 16 bits
         for name in ("size", "prediction", "spacing"):
             assert getattr(again, name) == getattr(pipeline, name)
         assert again.vae.scaling_factor == 0.4
