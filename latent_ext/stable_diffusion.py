@@ -119,7 +119,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         is_zip = zipfile.is_zipfile(path)
         if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError("compressed, which torch.save never does: it may unpack to any size")
+            raise ValueError("compressed, which torch.save never does, and mmap misreads")
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         content = content.get("state_dict", content)
