@@ -105,7 +105,7 @@ def test_the_output_of_one_command_is_the_input_of_the_next(draw_here, here, enl
     draw_here("a cat", "--n", 1, "--out", "first.png")
     first = Image.open(here / "first.png")
     first.resize((32 * enlarged, 32 * enlarged), Image.Resampling.NEAREST).save(here / "first.png")
-    mask = Image.new("RGBA", (64, 64), (100, 100, 100, 255))  # grey is what it is nearer to: black
+    mask = Image.new("RGBA", (64, 64), (120, 120, 120, 255))  # grey is what it is nearer to: black
     mask.paste((0, 0, 0, 0), (8, 8, 18, 60))  # what is transparent is white, as paper is
     mask.save(here / "mask.png")
     draw_here("a cat", "--n", 1, "--init-image", "first.png", "--mask", "mask.png", "--seed", 5)
@@ -132,6 +132,9 @@ def test_a_class_is_a_prompt(draw_here, here, models):
     kept = "--init-image", "7.png", "--strength", 0, "--gif", "7.gif"  # of no step at all
     draw_here("7", *model, "--n", 1, *kept)
     assert torch.equal(pixels(here / "samples.png"), pixels(here / "7.png"))
+    Image.new("RGB", (16, 16), (0, 60, 240)).save(here / "7.png")
+    draw_here("7", *model, "--n", 1, *kept)
+    assert (pixels(here / "samples.png") == 100).all()  # its grey
 
 
 def test_the_pipeline_trained_here_comes_first(here):

@@ -173,6 +173,12 @@ def test_networks_of_16_bits_are_sampled_in_32_and_leave_no_graph(draw):
     assert dtypes == {torch.float32} and not drawn[0].requires_grad
 
 
+def test_guidance_of_networks_of_16_bits_is_computed_in_32():
+    pipeline = tiny_pipeline(dtype=torch.float16)
+    z, t = torch.zeros(2, 4, 8, 8), torch.tensor([5, 900])
+    assert pipeline.predict_noise(z, t, pipeline.encode_prompts(PROMPTS)).dtype == torch.float32
+
+
 def test_other_sizes_than_the_trained_one():
     pipeline = tiny_pipeline()
     assert text_to_image(pipeline, PROMPTS, size=48, steps=1).shape == (2, 3, 48, 48)
