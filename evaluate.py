@@ -89,9 +89,8 @@ def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tenso
 
 def generate(predict_noise: Network, shape: Sequence[int], seeds: range, **options) -> Tensor:
     """The images of these seeds, as sample.py makes them: uint8 (N, *shape)."""
-    images = []
-    for first in tqdm(seeds[::BATCH], desc="sampling", leave=False):
-        batch = range(first, min(first + BATCH, seeds.stop))
+    batches, images = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)], []
+    for batch in tqdm(batches, desc="sampling", leave=False):
         x0 = sample_seeds(predict_noise, shape, batch, clip_x0=True, **options)
         images.append(to_uint8(x0).cpu())
     return torch.cat(images)
@@ -119,7 +118,7 @@ def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Dat
     real, others = metrics.split(data.images, len(samples))
     ours, theirs, b = (network.extract_features(images) for images in (samples, real, others))
     distances = {"KID x 1000": lambda a, b: 1000 * metrics.kernel_distance(a, b)}
-    if min(len(ours), len(theirs), len(b)) >= metrics.FRECHET_FROM:
+    if min(len(ours), len(b)) >= metrics.FRECHET_FROM:
         distances[network.frechet] = metrics.frechet_distance
     for name, distance in distances.items():
         results = (metrics.jackknife(distance, a, b) for a in (ours, theirs))

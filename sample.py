@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from processes import snr_pairs
 from toolbox.device import pick_device
-from toolbox.files import UserError, check_number, check_writable, printable, user_errors
+from toolbox.files import check_number, check_writable, printable, user_errors
 from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
@@ -36,8 +36,6 @@ def main() -> None:
     check_number("--n", args.n, 1, GRID if as_grid or args.gif else 2**31)
     check_number("--seed", args.seed, 0, 2**32 - args.n)
     check_number("--eta", args.eta, 0, 1)
-    if not args.out:
-        raise UserError("--out: expected a name that ends in .png, for a grid, or a folder")
     model, device = args.model or default_model(), pick_device(args.device)
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)

@@ -30,6 +30,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"expected heads that divide the width {width}, got {heads}")
         self.heads = heads
         self.q = nn.Linear(width, width, bias=False)  # what a pixel looks for
         self.k = nn.Linear(context_width, width, bias=False)  # what a token offers

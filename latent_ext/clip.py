@@ -36,11 +36,11 @@ class Tokenizer:
         self.start, self.end = rules.token_to_id(START), rules.token_to_id(END)
         if self.start is None or self.end is None:
             raise UserError(f"expected a vocabulary with the tokens {START} and {END}")
-        rules.no_padding()  # a tokenizer.json may ask for both
-        rules.no_truncation()
         rules.post_processor = processors.TemplateProcessing(
             single=f"{START} $A {END}", special_tokens=[(START, self.start), (END, self.end)]
         )
+        rules.enable_truncation(length)
+        rules.enable_padding(length=length, pad_id=self.end, pad_token=END)
 
     @classmethod
     def of_words(cls, captions: Sequence[str], length: int | None = None) -> "Tokenizer":
@@ -82,19 +82,21 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path, length: int) -> "Tokenizer":
         """From a tokenizer.json; or from CLIP's merges.txt, with or without its vocab.json."""
-        path = folder / "tokenizer.json"
+        path, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
         try:
             if path.exists():
                 rules = Rules.from_file(str(path))
                 rules.encode("?")  # fails where unknown words have no token
                 return cls(rules, length)
-            path = folder / "vocab.json"
-            vocabulary = json.loads(path.read_text("utf-8")) if path.exists() else {}
             path = folder / "merges.txt"
+            tokens = json.loads(vocabulary.read_text("utf-8")) if vocabulary.exists() else {}
             merges = path.read_text("utf-8").split("\n")[1:]  # the first line is a title
-            return cls.of_clip([line for line in merges if line], vocabulary, length)
+            return cls.of_clip([line for line in merges if line], tokens, length)
         except Exception as error:  # the library raises nothing more specific
-            raise UserError(f"{path}: expected CLIP's or our own tokens ({error})") from error
+            raise UserError(
+                f"{path}: expected a tokenizer.json, or CLIP's merges.txt, which is in the folder "
+                f"`tokenizer` of any Stable Diffusion v1.x of diffusers ({error})"
+            ) from error
 
     @property
     def size(self) -> int:
@@ -102,19 +104,15 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
-        rows = [encoding.ids[1:-1] for encoding in self.rules.encode_batch(texts)]
-        rows = [[self.start, *row[: self.length - 2], self.end] for row in rows]
-        rows = [row + [self.end] * (self.length - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor([encoding.ids for encoding in self.rules.encode_batch(texts)])
 
     def truncated(self, text: str) -> str:
         """The end of a text that is too long: what `__call__` cuts off."""
-        offsets = self.rules.encode(text).offsets[1:-1]
-        kept = self.length - 2
-        return text[offsets[kept][0] :] if len(offsets) > kept else ""
+        rest = self.rules.encode(text).overflowing  # in pieces that begin with START, too
+        return text[rest[0].offsets[1][0] :] if rest else ""
 
     def unknown(self, text: str) -> list[str]:
-        """The words of a text that this vocabulary lacks."""
+        """The words of a text that this vocabulary lacks, as far as the text is not cut."""
         encoding = self.rules.encode(text)
         tokens = zip(encoding.tokens, encoding.offsets, strict=True)
         return [text[begin:end] for token, (begin, end) in tokens if token == UNKNOWN]
@@ -125,6 +123,8 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"expected heads that divide the width {width}, got {heads}")
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
@@ -160,10 +160,8 @@ class TextEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        n, length = tokens.shape[1], self.config["length"]
-        if n > length:
-            raise ValueError(f"expected at most {length} tokens, got {n}: cut the text")
-        x = self.token_embedding(tokens) + self.position_embedding.weight[:n]  # (B, n, width)
+        positions = self.position_embedding.weight[: tokens.shape[1]]
+        x = self.token_embedding(tokens) + positions  # (B, length, width)
         for layer in self.layers:
             x = layer(x, causal=True)
         return self.norm_out(x)

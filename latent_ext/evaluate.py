@@ -19,7 +19,7 @@ from latent_ext.train_vae import psnr, reconstruct
 from toolbox.data import Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, user_errors
-from toolbox.metrics import FeatureNet, Inception, evenly_spaced, feature_net
+from toolbox.metrics import FeatureNet, evenly_spaced, feature_net
 from toolbox.seeds import generators
 
 GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.5)
@@ -35,7 +35,6 @@ def main() -> None:
     add("--steps", type=int, default=50, help="network calls for each image (default: 50)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
     add("--guidance", type=float, nargs="+", default=GUIDANCE, help="(default: 1 2 3 5 7.5)")
-    add("--inception", action="store_true", help="add KID and FID on Inception's features")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     args = parser.parse_args()
     check_number("--n", args.n, 4)  # as in evaluate.py
@@ -44,7 +43,6 @@ def main() -> None:
         check_number("--guidance", scale, 0, 100)
     pipeline = load_pipeline(args.model or default_model(), pick_device(args.device))
     pipeline.timesteps(args.steps)  # are there so many?
-    inception = Inception() if args.inception else None
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
         raise UserError(f"--data {args.data}: expected classes, to compare what was drawn with")
@@ -72,8 +70,7 @@ def main() -> None:
             each, whole = (100 * x[group].float().mean() for x in (right, right.all(1)))
             print(f"{scale:<12}{name:12}{each:16.1f} %{whole:22.1f} %", flush=True)
         if pipeline.size == data.size and not unseen.any():  # as large and as mixed as the data
-            for network in filter(None, (classifier, inception)):
-                report_distances(images, network, data)
+            report_distances(images, classifier, data)
 
 
 def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], Tensor, Tensor]:
@@ -85,11 +82,12 @@ def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], T
     half = n // 2 if unseen.any() else 0
     picked = (evenly_spaced(unseen.nonzero(), half), evenly_spaced((~unseen).nonzero(), n - half))
     picked = torch.cat(picked)[:, 0]
-    prompts = [held_out.captions[i] for i in picked.tolist()] if not by_class else []
-    for row in held_out.labels[picked].tolist() if by_class else ():
+    prompts, labels = [], held_out.labels[picked]
+    for i, row in zip(picked.tolist(), labels.tolist(), strict=True):
         answers = zip(row, held_out.classes.items(), strict=True)
-        prompts.append(", ".join(f"{names[k]} {question}" for k, (question, names) in answers))
-    return prompts, held_out.labels[picked], unseen[picked]
+        named = [f"{names[k]} {question}" for k, (question, names) in answers]
+        prompts.append(", ".join(named) if by_class else held_out.captions[i])
+    return prompts, labels, unseen[picked]
 
 
 def draw(pipeline: Pipeline, prompts: list[str], **options: object) -> Tensor:

@@ -43,8 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--strength", type=float, help="how much of it to redraw (default: 0.75, with --mask 1)")
     add("--mask", type=Path, metavar="FILE", help="redraw only where this image is white")
     add("--seed", type=int, default=0, help="image i of a prompt has the seed SEED + i")
-    add("--out", default="samples.png", help="a .png: one grid of all (default: samples.png)")
-    add("--gif", help="also write how the grid comes out of the noise")
+    out = Path("samples.png")
+    add("--out", type=Path, default=out, help=f"a .png: one grid of all (default: {out})")
+    add("--gif", type=Path, metavar="FILE", help="also write how the grid comes out of the noise")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     return parser
 
@@ -54,11 +55,9 @@ def main() -> None:
     args = parser.parse_args()
     check_number("--n", args.n, 1, GRID // len(args.prompts))
     check_number("--seed", args.seed, 0, 2**32 - args.n)
-    for flag, path, suffix in (("--out", args.out, ".png"), ("--gif", args.gif, ".gif")):
-        if path is not None and Path(path).suffix.lower() != suffix:
-            raise UserError(f"{flag} {path}: expected a name that ends in {suffix}")
-        if path is not None:
-            check_writable(Path(path))
+    check_writable(args.out, ".png")
+    if args.gif:
+        check_writable(args.gif, ".gif")
     for flag, value in (("--mask", args.mask), ("--strength", args.strength)):
         if value is not None and not args.init_image:
             raise UserError(f"{flag} {value}: expected an --init-image to change, too")
@@ -111,10 +110,10 @@ def main() -> None:
             images.append(draw(pipeline, prompts, *copies, **options).cpu())
 
     images, columns = torch.cat(images), args.n if len(args.prompts) > 1 else None
-    save_grid(images, Path(args.out), columns)
+    save_grid(images, args.out, columns)
     if args.gif:
         steps = [torch.cat(trajectory[step :: len(timesteps)]) for step in range(len(timesteps))]
-        save_gif([grid(x, columns) for x in [*steps, images]], Path(args.gif))
+        save_gif([grid(x, columns) for x in [*steps, images]], args.gif)
     print(f"wrote {args.out}" + (f" and {args.gif}" if args.gif else ""))
 
 

@@ -72,17 +72,15 @@ def parse_labels(prompt: str, classes: dict[str, Sequence[str]]) -> list[int]:
 
     Answers are separated by commas. An answer that several questions share needs its question.
     """
-    meanings: dict[str, list[tuple[str, int]]] = {}
-    for question, answers in classes.items():
-        for label, answer in enumerate(answers, start=1):
-            for phrase in {answer.lower(), f"{answer} {question}".lower()}:
-                meanings.setdefault(phrase, []).append((question, label))
-
     labels = dict.fromkeys(classes, 0)
-    is_answer = prompt.strip().lower() in meanings  # it may contain a comma
-    pieces = [prompt] if is_answer else prompt.split(",")
-    for piece in filter(None, map(str.strip, pieces)):
-        found, shown = meanings.get(piece.lower(), []), textwrap.shorten(piece, 60)
+    for piece in filter(None, map(str.strip, prompt.split(","))):
+        found = [
+            (question, label)
+            for question, answers in classes.items()
+            for label, answer in enumerate(answers, start=1)
+            if piece.lower() in (answer.lower(), f"{answer} {question}".lower())
+        ]
+        shown = textwrap.shorten(piece, 60)
         if len(found) > 1:
             options = " or ".join(f"'{piece} {question}'" for question, _ in found)
             raise UserError(f"{shown!r}: expected {options}: each of them has this answer")

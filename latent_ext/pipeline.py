@@ -1,8 +1,8 @@
 """Stable Diffusion, put together: a text encoder, a U-Net in latents, a VAE, and the core's loop.
 
     text_to_image                        noise    ->  sample              ->  decode
-    image_to_image   encode  ->  z0 with noise    ->  sample              ->  decode
     inpaint          encode  ->  z0 with noise    ->  sample, keeping z0  ->  decode
+    image_to_image   the same, keeping nothing
 
 Each makes one image per prompt. Images are (B, C, H, W) in [-1, 1]. z is latents as the U-Net has
 them, (B, c, h, w) with h = H / downsampling; z0 is clean.
@@ -101,15 +101,6 @@ class Pipeline:
             pairs = list(zip(t, [*t[1:], 0], strict=True))
         return pairs[steps - int(steps * strength) :]
 
-    def noised(self, z0: Tensor, t: int, noise: Tensor) -> Tensor:
-        return add_noise(z0, torch.tensor([t], device=z0.device), self.schedule, noise)[0]
-
-    def start(self, z0: Tensor, noise: Tensor, timesteps: list, strength: float) -> Tensor:
-        """Where the loop starts: at z0 noised to the first time step, if any are left."""
-        if strength == 1:
-            return noise  # Stable Diffusion's first time step would leave a trace of z0
-        return self.noised(z0, timesteps[0][0], noise) if timesteps else z0
-
 
 @torch.no_grad()
 def text_to_image(
@@ -131,25 +122,6 @@ def text_to_image(
 
 
 @torch.no_grad()
-def image_to_image(
-    pipeline: Pipeline,
-    prompts: Sequence[str],
-    images: Tensor,
-    *,
-    strength: float = 0.75,
-    steps: int = 50,
-    generator: Generators | None = None,
-    **options: object,
-) -> Tensor:
-    """The images, redrawn as far as strength says: 0 keeps them, 1 forgets them."""
-    timesteps = pipeline.timesteps(steps, strength)
-    z0 = pipeline.encode(images.to(pipeline.weight.device), generator)
-    z = pipeline.start(z0, randn_like(z0, generator), timesteps, strength)
-    z0 = denoise(pipeline, prompts, z, timesteps, generator, **options)
-    return pipeline.decode(z0)
-
-
-@torch.no_grad()
 def inpaint(
     pipeline: Pipeline,
     prompts: Sequence[str],
@@ -162,7 +134,10 @@ def inpaint(
     on_step: OnStep | None = None,
     **options: object,
 ) -> Tensor:
-    """image_to_image where the masks (B, 1, H, W) are 1, white; elsewhere every pixel is kept."""
+    """The images, redrawn where the masks (B, 1, H, W) are 1, white; all other pixels are kept.
+
+    strength: how far to redraw. 0 keeps the images, 1 forgets them.
+    """
     timesteps, device = pipeline.timesteps(steps, strength), pipeline.weight.device
     images, white = images.to(device), masks.to(device) >= 0.5
     z0 = pipeline.encode(images, generator)
@@ -173,17 +148,36 @@ def inpaint(
         unet = concat_channels(pipeline.unet, torch.cat([latent_mask, around], dim=1))
         pipeline, keep = replace(pipeline, unet=unet), torch.zeros_like(keep)
     noise = randn_like(z0, generator)
-    z = pipeline.start(z0, noise, timesteps, strength)
+
+    def noised(t: int) -> Tensor:
+        return add_noise(z0, torch.tensor([t], device=device), pipeline.schedule, noise)[0]
 
     def keep_known(z: Tensor, t_prev: int, x0: Tensor) -> Tensor:
         """Put z0 back, with the noise that the U-Net expects at t_prev; in the end without."""
-        last = t_prev == timesteps[-1][1]
-        known = z0 if last else pipeline.noised(z0, t_prev, noise)
+        known = z0 if t_prev == timesteps[-1][1] else noised(t_prev)
         z = torch.where(keep, known, z)
         return z if on_step is None else on_step(z, t_prev, x0)
 
-    z0 = denoise(pipeline, prompts, z, timesteps, generator, on_step=keep_known, **options)
-    return torch.where(white, pipeline.decode(z0), images)
+    z = z0
+    if strength == 1:
+        z = noise  # Stable Diffusion's first time step would leave a trace of z0
+    elif timesteps:
+        z = noised(timesteps[0][0])
+    redrawn = denoise(pipeline, prompts, z, timesteps, generator, on_step=keep_known, **options)
+    return torch.where(white, pipeline.decode(redrawn), images)
+
+
+def image_to_image(
+    pipeline: Pipeline,
+    prompts: Sequence[str],
+    images: Tensor,
+    *,
+    strength: float = 0.75,
+    **options: object,
+) -> Tensor:
+    """`inpaint` with masks that are white everywhere."""
+    masks = torch.ones_like(images[:, :1])
+    return inpaint(pipeline, prompts, images, masks, strength=strength, **options)
 
 
 def denoise(

@@ -9,7 +9,6 @@ diffusers' own conversion of CompVis' names.
 """
 
 import inspect
-import itertools
 import json
 import zipfile
 from collections.abc import Callable
@@ -31,18 +30,19 @@ from toolbox.files import UserError, atomic_write, system_errors
 from toolbox.models import verify_checksum
 from unet import UNet
 
-EXPECTED = "expected a Stable Diffusion v1.x (2.x and XL are others)"
+EXPECTED = "expected a Stable Diffusion v1.x (not 2.x or XL), as one file or diffusers' folder"
 V1_5 = json.loads(Path(__file__).with_name("v1_5.json").read_text("utf-8"))  # its JSON files
-PREFIX = {  # of the names in a single file
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
-}
 REQUIRED = V1_5.pop("required")  # entries that our networks and schedules cannot vary
+SCHEDULER = "scheduler/scheduler_config.json"
 SCHEDULES = {  # ours, and how a scheduler_config.json describes them
     "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+}
+PREFIX = {  # of the names in a single file
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
 }
 LEGACY_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -53,7 +53,7 @@ def load(
 ) -> Pipeline:
     """From a single file with CompVis' names (.safetensors, .ckpt), or a folder of diffusers.
 
-    dtype: what to compute in. None: the U-Net's, but on a CPU float32 rather than 16 bits.
+    dtype: what to compute in. None: the U-Net's, but float32 rather than 16 bits.
     """
     path = Path(path)
     text_encoder = load_network("text_encoder", TextEncoder, path)
@@ -62,10 +62,7 @@ def load(
     vae = load_network("vae", VAE, path)
     if unet.config["out_channels"] != vae.config["latent_channels"]:
         raise UserError(f"{path}: its U-Net and its VAE differ in the channels of their latents")
-    if dtype is None:
-        dtype = unet.conv_in.weight.dtype
-        if torch.device(device).type == "cpu":
-            dtype = torch.promote_types(dtype, torch.float32)
+    dtype = dtype or torch.promote_types(unet.conv_in.weight.dtype, torch.float32)
     for network in (unet, vae, text_encoder):
         network.to(device, dtype).eval().requires_grad_(False)
     tokenizer = load_tokenizer(path, text_encoder.config)
@@ -82,10 +79,16 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
     else:
         layout, file, source = COMPVIS, path, path
         tensors = modern_names(read_tensors(file), PREFIX[part])
-        entries = check_entries(name, read_sizes(part, tensors, path), path)
-    config = our_config(make, entries, source)
-    with torch.device("meta"):  # shapes only: the weights are those of the file
-        network = make(**config)
+        entries = check_entries(name, read_sizes(part, tensors), path)
+    ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
+    kinds = ours.get("attention_levels", [])
+    ours["attention_levels"] = [kind == "CrossAttnDownBlock2D" for kind in kinds]
+    config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
+    try:
+        with torch.device("meta"):  # shapes only: the weights are those of the file
+            network = make(**config)
+    except ValueError as error:  # such as groups or heads that do not divide the channels
+        raise UserError(f"{source}: {error}") from error
     load_weights(part, network, tensors, layout, file)
     return network
 
@@ -116,7 +119,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         is_zip = zipfile.is_zipfile(path)
         if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError("compressed, which torch.save never does: it may unpack to any size")
+            raise ValueError("compressed, which torch.save never does, and mmap misreads")
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         content = content.get("state_dict", content)
@@ -132,12 +135,13 @@ def modern_names(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tens
     """The weights of one network, under the names that they have today."""
     modern = {}
     for name, w in tensors.items():
-        if name.startswith(prefix) and not name.endswith("position_ids"):
-            name = name.removeprefix(prefix).removeprefix("text_model.")
-            for old, new in LEGACY_NAMES.items():  # of the VAE's attention
-                name = name.replace(f".{old}.", f".{new}.")
-            modern[name] = w
-    return {name: w for name, w in modern.items() if not name.startswith("loss.")}
+        new = name.removeprefix(prefix).removeprefix("text_model.")
+        for legacy, today in LEGACY_NAMES.items():  # of the VAE's attention
+            new = new.replace(f".{legacy}.", f".{today}.")
+        unused = new.startswith("loss.") or new.endswith("position_ids")
+        if name.startswith(prefix) and not unused:
+            modern[new] = w
+    return modern
 
 
 def load_weights(
@@ -147,14 +151,14 @@ def load_weights(
     own, weights, wrong = network.state_dict(), {}, []
     for theirs, ours in name_pairs(part, network, layout):
         w, shape = tensors.pop(theirs, None), own[ours].shape
-        if w is not None and w.shape == (*shape, 1, 1):
+        if w is None:
+            wrong.append(f"{theirs} is missing")
+            continue
+        if w.shape == (*shape, 1, 1):
             w = w[:, :, 0, 0]  # a 1x1 convolution is a linear layer
         weights[ours] = w
-        if w is None or w.shape != shape:
-            got = "is missing" if w is None else f"is {tuple(w.shape)}"
-            wrong.append(f"{theirs} {got}, expected {tuple(shape)}")
-        elif not is_whole(w):
-            wrong.append(f"{theirs} has missing or non-finite numbers")
+        if w.shape != shape or not is_whole(w):
+            wrong.append(f"{theirs} {tuple(w.shape)} is not {tuple(shape)} finite numbers")
     wrong += [f"{name} is not known" for name in tensors]
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -189,11 +193,9 @@ def check_entries(name: str, given: dict, path: Path) -> dict:
     """These entries of a JSON file, and v1.5's where they are silent, before anything is built."""
     entries = {key: given.get(key, usual) for key, usual in V1_5[name].items()}
     for key, usual in V1_5[name].items():
-        value = entries[key]
-        if key in REQUIRED and value != usual:
-            raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {value!r:.60}")
-        if key in CONFIG_KEYS and not is_plausible(value, usual):
-            raise UserError(f"{path}: expected {key} to be like {usual}, got {value!r:.60}")
+        plausible = key not in CONFIG_KEYS or is_plausible(entries[key], usual)
+        if not plausible or (key in REQUIRED and entries[key] != usual):
+            raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {entries[key]!r:.60}")
     return entries
 
 
@@ -208,59 +210,37 @@ def is_plausible(value: object, usual: object) -> bool:
     return type(value) in (int, type(usual)) and 0 < value <= most
 
 
-def read_sizes(part: str, tensors: dict[str, Tensor], path: Path) -> dict:
+def read_sizes(part: str, tensors: dict[str, Tensor]) -> dict:
     """In place of a config.json: the entries in which these tensors may differ from v1.5's."""
 
     def size(layer: str, dim: int = 0) -> int:
-        w = tensors.get(f"{layer}.weight")
-        if w is None or w.ndim <= dim or w.numel() == 0:
-            raise UserError(
-                f"{path}: {EXPECTED}, but {layer}.weight is missing; of a model in diffusers' "
-                "layout, name the folder"
-            )
-        return w.shape[dim]
+        return tensors[f"{layer}.weight"].shape[dim]
 
-    if part == "unet":
-        blocks = [f"input_blocks.{i}.0.out_layers.3" for i in (1, 4, 7, 10)]
-        inputs = size("input_blocks.0.0", dim=1)  # 9: for inpainting
-        return {"in_channels": inputs, "block_out_channels": [size(block) for block in blocks]}
-    if part == "vae":
-        blocks = [f"encoder.down.{level}.block.0.conv1" for level in range(4)]
-        return {"block_out_channels": [size(block) for block in blocks]}
-    width = size("embeddings.token_embedding", dim=1)
-    layers = [i for i in range(100) if f"encoder.layers.{i}.mlp.fc1.weight" in tensors]
-    return {
-        "vocab_size": size("embeddings.token_embedding"),
-        "hidden_size": width,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": size("embeddings.position_embedding"),
-        "intermediate_size": size("encoder.layers.0.mlp.fc1"),
-    }
-
-
-def our_config(make: Callable[..., nn.Module], entries: dict, path: Path) -> dict:
-    """The arguments of `make`, checked: groups and heads show in the shape of no weight."""
-    ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
-    config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
-    channels = config.get("channels") or [config["width"]]
-    attended = channels
-    if "attention_levels" in config:
-        levels = [kind == "CrossAttnDownBlock2D" for kind in config["attention_levels"]]
-        config["attention_levels"] = levels
-        attended = [*itertools.compress(channels, levels), channels[-1]]
-    uneven = any(c % config.get("groups", 1) for c in channels)
-    uneven |= any(c % config.get("heads", 1) for c in attended)
-    if uneven or len(config.get("attention_levels", channels)) != len(channels):
-        raise UserError(f"{path}: its levels, groups and heads do not fit its channels, {channels}")
-    return config
+    try:
+        if part == "unet":
+            blocks = [f"input_blocks.{i}.0.out_layers.3" for i in (1, 4, 7, 10)]
+            inputs = size("input_blocks.0.0", dim=1)  # 9: for inpainting
+            return {"in_channels": inputs, "block_out_channels": [size(block) for block in blocks]}
+        if part == "vae":
+            blocks = [f"encoder.down.{level}.block.0.conv1" for level in range(4)]
+            return {"block_out_channels": [size(block) for block in blocks]}
+        width = size("embeddings.token_embedding", dim=1)
+        return {
+            "vocab_size": size("embeddings.token_embedding"),
+            "hidden_size": width,
+            "num_hidden_layers": sum(name.endswith(".mlp.fc1.weight") for name in tensors),
+            "num_attention_heads": max(1, width // 64),
+            "max_position_embeddings": size("embeddings.position_embedding"),
+            "intermediate_size": size("encoder.layers.0.mlp.fc1"),
+        }
+    except (KeyError, IndexError):
+        return {}  # then load_weights says what is missing
 
 
 def read_settings(path: Path, downsampling: int) -> dict:
     """How the U-Net was trained. As v1.5 where a file is silent, or not there."""
-    scheduler, unet = "scheduler/scheduler_config.json", "unet/config.json"
-    file = path / scheduler
-    entries = read_entries(file, scheduler) if file.exists() else V1_5[scheduler]
+    file, unet = path / SCHEDULER, "unet/config.json"
+    entries = read_entries(file, SCHEDULER) if file.exists() else V1_5[SCHEDULER]
     size = (read_entries(path / unet, unet) if path.is_dir() else V1_5[unet])["sample_size"]
     names = [name for name, ours in SCHEDULES.items() if entries | ours == entries]
     prediction, spacing = entries["prediction_type"], entries["timestep_spacing"]
@@ -279,11 +259,6 @@ def read_settings(path: Path, downsampling: int) -> dict:
 
 def load_tokenizer(path: Path, text: dict) -> Tokenizer:
     folder = path / "tokenizer" if path.is_dir() else path.parent
-    if not any((folder / name).exists() for name in ("tokenizer.json", "merges.txt")):
-        raise UserError(
-            f"{folder}: expected a tokenizer.json or merges.txt, to read prompts with; CLIP's "
-            "merges.txt is in the folder `tokenizer` of any Stable Diffusion v1.x of diffusers"
-        )
     tokenizer = Tokenizer.load(folder, text["length"])
     largest = max(tokenizer.rules.get_vocab().values())
     if largest >= text["vocab_size"]:
@@ -326,7 +301,7 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
             "model_max_length": tokenizer.length,
             "unk_token": UNKNOWN if tokenizer.rules.token_to_id(UNKNOWN) is not None else END,
         },
-        "scheduler/scheduler_config.json": {
+        SCHEDULER: {
             **SCHEDULES[pipeline.schedule.name],
             "T": pipeline.schedule.T,
             "prediction": pipeline.prediction,
@@ -343,7 +318,7 @@ def save(pipeline: Pipeline, folder: str | Path) -> None:
     for part, network in (("unet", unet), ("vae", vae), ("text_encoder", text)):
         file, prefix, weights = "diffusion_pytorch_model", "", network.state_dict()
         if network is text:
-            file, prefix = "model", "text_model."  # without the prefix transformers 4 fails
+            file, prefix = "model", "text_model."  # which transformers 4 needs
         tensors = {
             prefix + theirs: weights[ours].half().cpu().contiguous()
             for theirs, ours in name_pairs(part, network, DIFFUSERS)

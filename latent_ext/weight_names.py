@@ -49,10 +49,8 @@ def layer_names(part: str, config: dict, layout: int) -> dict[str, str]:
 
 def block_numbers(config: dict) -> Iterator[dict[str, int]]:
     """What the braces of the table stand for, for each block of a list."""
-    if "layers" in config:
-        yield from ({"i": i} for i in range(config["layers"]))
-        return
-    levels, per_level = len(config["channels"]), config["num_res_blocks"] + 1
+    levels = config.get("layers") or len(config["channels"])  # a layer is a level of one block
+    per_level = config.get("num_res_blocks", 0) + 1
     attention = config.get("attention_levels", [False] * levels)
     for i in range(levels * per_level):
         level, j = divmod(i, per_level)

@@ -1,7 +1,6 @@
 """The drawn cats: deterministic, the same at every size, and every word of a caption is visible."""
 
 import itertools
-import time
 
 import pytest
 import torch
@@ -30,12 +29,10 @@ def test_shapes_ranges_and_captions():
     assert -1 <= images.min() < -0.7 and 0.9 < images.max() <= 1
     assert list(labels) == list(ATTRIBUTES)
     for i, caption in enumerate(captions):
-        cat = {name: ATTRIBUTES[name][index[i]] for name, index in labels.items()}
-        coat = f"{cat['fur']} {cat['pattern']}".removesuffix(" plain")
-        article = "an" if cat["fur"] == "orange" else "a"
-        assert caption.startswith(f"{article} {coat} cat with")
-        assert f"{cat['eyes']} eyes" in caption and f"{cat['background']} background" in caption
-        assert all(value in caption for value in cat.values() if value != "plain")
+        fur, pattern, eyes, ground = (ATTRIBUTES[name][index[i]] for name, index in labels.items())
+        article = "an" if fur == "orange" else "a"
+        coat = f"{article} {fur} {pattern}".removesuffix(" plain")
+        assert caption == f"{coat} cat with {eyes} eyes on a {ground} background"
 
 
 def test_a_cat_depends_on_seed_and_index_alone():
@@ -45,7 +42,6 @@ def test_a_cat_depends_on_seed_and_index_alone():
     for name in ATTRIBUTES:
         assert torch.equal(labels[name][100:170], part_labels[name])
     assert not torch.equal(draw(1, 16, seed=4)[0], images[:1])
-    assert draw(0, 16)[0].shape == (0, 3, 16, 16)
 
 
 def test_the_same_cat_at_every_size_anti_aliased():
@@ -53,7 +49,7 @@ def test_the_same_cat_at_every_size_anti_aliased():
     large, _, same_captions = draw(16, 128)
     shrunk = F.avg_pool2d(large, 4)
     assert captions == same_captions
-    assert (shrunk - small).abs().mean() < 0.03  # coverage by distance is not exactly a mean
+    assert (shrunk - small).abs().mean() < 0.02  # coverage by distance is not exactly a mean
     assert (shrunk - small.roll(1, 0)).abs().mean() > 0.3
     assert (shrunk - large[:, :, 2::4, 2::4]).abs().mean() > 0.03  # one hard point for each pixel
 
@@ -103,11 +99,3 @@ def test_every_coat_occurs_and_values_are_equally_frequent():
 def test_impossible_wishes_are_refused(wish, sentence):
     with pytest.raises(ValueError, match=sentence):
         draw(1, 16, **wish)
-
-
-@pytest.mark.slow
-def test_16384_cats_take_at_most_20_seconds():
-    draw(256, 32)
-    start = time.perf_counter()
-    draw(2048, 32)
-    assert (time.perf_counter() - start) * 8 < 20

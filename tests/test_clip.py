@@ -9,7 +9,6 @@ from oracles import V15_TEXT, error, randomise, text_pair, their_text_name
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from latent_ext.clip import CLIP, ImageEncoder, TextEncoder, Tokenizer, contrastive_loss
-from toolbox.files import UserError
 
 SMALL = {"vocab_size": 50, "width": 24, "layers": 3, "heads": 4, "length": 12}
 START_ID, END_ID = 48, 49  # of SMALL
@@ -36,28 +35,11 @@ def test_the_text_encoder_equals_transformers(config):
     assert difference(ours, theirs, some_tokens()[:, :7]) < 1e-9  # fewer tokens
 
 
-def test_by_its_arguments_alone_it_is_stable_diffusions():
-    with torch.device("meta"):
-        sizes = [p.numel() for p in TextEncoder(**V15_TEXT).parameters()]
-    assert sum(sizes) == 123_060_480 and len(sizes) == 196
-
-
 @pytest.mark.slow
 def test_the_text_encoder_equals_transformers_at_full_width():
     ours, theirs = text_pair(TextEncoder(**V15_TEXT))
     tokens = torch.randint(0, 49406, (2, 77), generator=torch.Generator().manual_seed(0))
     assert difference(ours, theirs, tokens) < 1e-4
-
-
-@torch.no_grad()
-def test_a_token_sees_those_before_it_only():
-    """So neither padding nor the rest of the batch changes what a text means."""
-    text = randomise(TextEncoder(**SMALL).double())
-    tokens = some_tokens()
-    states = text(tokens)
-    torch.testing.assert_close(text(tokens[1:2, :5])[0], states[1, :5], atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="at most 12 tokens, got 13"):
-        text(torch.zeros(1, 13, dtype=torch.long))
 
 
 EMBEDDINGS = "vision_model.embeddings"
@@ -128,28 +110,22 @@ def test_logits_start_as_in_the_paper_end_at_100_and_are_float32(learned, scale)
     torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.001)
 
 
-def test_perfect_logits_cost_what_cannot_be_known():
-    """Which of n equal captions is meant: log n. Here three are equal, two, and one."""
+def test_of_equal_captions_each_is_as_right_as_the_others():
+    """Which of n equal ones is meant, nobody knows: log n. Here three are equal, two, and one."""
     captions = torch.tensor([7, 2, 7, 9, 2, 7])
     perfect = (200.0 * (captions[:, None] == captions[None])).requires_grad_()
     loss = contrastive_loss(perfect, captions)
     assert loss.item() == pytest.approx((3 * math.log(3) + 2 * math.log(2)) / 6, abs=1e-6)
     assert torch.autograd.grad(loss, perfect)[0].abs().max() < 0.1  # nothing left to learn
-    worse = perfect + torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    assert contrastive_loss(worse, captions) > loss
-    turned = contrastive_loss(worse.T, captions)
-    assert turned.item() == pytest.approx(contrastive_loss(worse, captions).item())
-    assert contrastive_loss(torch.zeros(6, 6), captions).item() == pytest.approx(math.log(6))
 
 
-def test_embeddings_start_small_and_config_rebuilds_the_encoder():
+def test_embeddings_start_small_and_impossible_heads_are_named():
     torch.manual_seed(0)
     text = TextEncoder(**SMALL | {"vocab_size": 500, "length": 500})
     assert text.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert text.position_embedding.weight.std().item() == pytest.approx(0.01, rel=0.05)
-    again = TextEncoder(**text.config)
-    again.load_state_dict(text.state_dict())
-    assert again.config == text.config
+    with pytest.raises(ValueError, match="heads that divide the width 24, got 5"):
+        TextEncoder(**SMALL | {"heads": 5})
 
 
 CAPTIONS = ["an orange tabby cat with green eyes"]
@@ -172,7 +148,7 @@ def words(tokenizer, text):
         ("cat, Na\u00efve", "< cat ? ? > >", "", [",", "Na\u00efve"]),
         ("a white cat with", "< a white cat with >", "", []),  # just fits
         ("a white cat with eyes", "< a white cat with >", "eyes", []),
-        ("a a a a  Blue, on", "< a a a a >", "Blue, on", [","]),  # as it was typed
+        ("a a a a  Blue, on", "< a a a a >", "Blue, on", []),  # as it was typed
     ],
 )
 def test_a_text_is_start_words_end_and_padding(text, expected, truncated, unknown):
@@ -188,7 +164,6 @@ def test_texts_become_rows_and_the_order_of_captions_does_not_matter():
     assert torch.equal(rows[1:], tokenizer(CAPTIONS[1]))
     assert tokenizer.size == 3 + len({word for text in CAPTIONS for word in text.split()})
     assert torch.equal(rows, Tokenizer.of_words(CAPTIONS[::-1])(CAPTIONS))
-    assert tokenizer([]).dtype == torch.long
 
 
 @pytest.mark.parametrize(("count", "length"), [(18, 20), (19, 21), (75, 77), (90, 77)])
@@ -205,12 +180,3 @@ def test_a_tokenizer_json_may_ask_for_truncation_and_padding_of_its_own(tmp_path
     text = "a white cat with blue eyes"
     assert words(tokenizer, text) == f"< {text} >"
     assert tokenizer.truncated(f"{text} on") == "on"
-
-
-@pytest.mark.parametrize("damage", [("<|endoftext|>", "<|end|>"), ("{", ""), ("WordLevel", "Word")])
-def test_a_broken_tokenizer_json_is_named(tmp_path, damage):
-    path = tmp_path / "tokenizer.json"
-    Tokenizer.of_words(CAPTIONS).rules.save(str(path))
-    path.write_text(path.read_text().replace(*damage))
-    with pytest.raises(UserError, match=r"tokenizer.json: expected"):
-        Tokenizer.load(tmp_path, 8)

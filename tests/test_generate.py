@@ -9,12 +9,10 @@ from oracles import randomise
 from PIL import Image
 from test_pipeline import TOY, tiny_pipeline
 
-import sample
 from latent_ext import generate
 from latent_ext.guidance import ClassUNet
 from latent_ext.stable_diffusion import save
 from processes import NoiseSchedule
-from toolbox.data import read_image
 from toolbox.models import model_config, save_model
 from unet import UNet
 
@@ -101,37 +99,14 @@ def test_the_defaults_are_those_of_the_model(draw_here, here, models, model, giv
         assert (here / "x.png").read_bytes() != (here / "short.png").read_bytes()
 
 
-@pytest.mark.parametrize(("strength", "frames"), [(0, 1), (0.5, 2), (1, 4)])
-def test_strength_says_how_many_of_the_steps_are_left(draw_here, here, strength, frames):
-    Image.radial_gradient("L").save(here / "a.png")
-    draw_here("a cat", "--init-image", "a.png", "--strength", strength, "--gif", "a.gif")
-    with Image.open(here / "a.gif") as gif:
-        assert gif.n_frames == frames
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
-def test_kept_pixels_are_those_of_the_file_whatever_its_mode_and_size(draw_here, here, mode):
-    image = Image.linear_gradient("L").resize((70, 70))
-    if mode == "I;16":
-        image = image.point(lambda value: value * 256, mode="I")
-    image.convert(mode).save(here / "a.tif")
-    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 255))
-    mask.paste((0, 0, 0, 0), (0, 0, 64, 32))  # what is transparent is white, as paper is
-    mask.save(here / "mask.png")
-    draw_here("a cat", "--init-image", "a.tif", "--mask", "mask.png", "--n", 1)
-    result, expected = pixels(here / "samples.png"), read_image(here / "a.tif", 32).float()
-    assert torch.equal(result[:, 16:], expected[:, 16:])
-    assert (result[:, :16] - expected[:, :16]).abs().mean() > 10
-
-
 @pytest.mark.parametrize("enlarged", [1, 3])
 def test_the_output_of_one_command_is_the_input_of_the_next(draw_here, here, enlarged):
     """As it is, or enlarged by whole pixels, as grids are: what is outside of a mask is kept."""
     draw_here("a cat", "--n", 1, "--out", "first.png")
     first = Image.open(here / "first.png")
     first.resize((32 * enlarged, 32 * enlarged), Image.Resampling.NEAREST).save(here / "first.png")
-    mask = Image.new("L", (32, 32), 100)  # grey is what it is nearer to: black
-    mask.paste(255, (4, 4, 9, 30))
+    mask = Image.new("RGBA", (64, 64), (120, 120, 120, 255))  # grey is what it is nearer to: black
+    mask.paste((0, 0, 0, 0), (8, 8, 18, 60))  # what is transparent is white, as paper is
     mask.save(here / "mask.png")
     draw_here("a cat", "--n", 1, "--init-image", "first.png", "--mask", "mask.png", "--seed", 5)
     changed = (pixels(here / "samples.png") - pixels(first)).abs().amax(0) > 0
@@ -154,8 +129,12 @@ def test_a_class_is_a_prompt(draw_here, here, models):
     grid = pixels(here / "samples.png")
     assert grid.shape == (3, 198, 198) and (grid[:, :98] - grid[:, 100:]).abs().max() > 20
     draw_here("7", *model, "--n", 1, "--out", "7.png")
-    draw_here("7", *model, "--n", 1, "--init-image", "7.png", "--strength", 0)
+    kept = "--init-image", "7.png", "--strength", 0, "--gif", "7.gif"  # of no step at all
+    draw_here("7", *model, "--n", 1, *kept)
     assert torch.equal(pixels(here / "samples.png"), pixels(here / "7.png"))
+    Image.new("RGB", (16, 16), (0, 60, 240)).save(here / "7.png")
+    draw_here("7", *model, "--n", 1, *kept)
+    assert (pixels(here / "samples.png") == 100).all()  # its grey
 
 
 def test_the_pipeline_trained_here_comes_first(here):
@@ -168,14 +147,11 @@ def test_the_pipeline_trained_here_comes_first(here):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--n", "0"], "--n 0: expected 1 to"),
         (["--n", "100000"], "--n 100000: expected 1 to"),
         (["--seed", "-1"], "--seed -1: expected 0 to 4294967294"),
         (["--eta", "2"], "--eta 2.0: expected 0 to 1"),
-        (["--guidance", "-1"], "--guidance -1.0: expected 0 to 100"),
         (["--guidance", "nan"], "--guidance nan: expected 0 to 100"),
         (["--guidance", "inf"], "--guidance inf: expected 0 to 100"),
-        (["--guidance", "1e38"], "--guidance 1e+38: expected 0 to 100"),
         (["--steps", "0"], "--steps 0: expected 1 to 1000"),
         (["--size", "33"], "--size 33: expected a multiple of 4"),
         (["--size", "100000"], "--size 100000: expected 1 to"),
@@ -186,10 +162,8 @@ def test_the_pipeline_trained_here_comes_first(here):
         (["--init-image", "text.png"], "text.png: not a readable image"),
         (["--init-image", "a.png", "--mask", "text.png"], "text.png: not a readable image"),
         (["--init-image", "a.png", "--mask", "wide.png"], "wide.png: expected the shape of a.png"),
-        (["--init-image", "toy"], "toy: not a readable image"),
-        (["--out", "cats.jpg"], "--out cats.jpg: expected a name that ends in .png"),
-        (["--out", ""], "--out : expected a name that ends in .png"),
-        (["--gif", "cats.mp4"], "--gif cats.mp4: expected a name that ends in .gif"),
+        (["--out", "cats.jpg"], "cats.jpg: expected a name that ends in .png"),
+        (["--gif", "cats.mp4"], "cats.mp4: expected a name that ends in .gif"),
         (["--out", "text.png/cats.png"], "error: text.png/cats.png: "),
         (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
         (["--model", "latent-catz"], "did you mean latent-cats?"),
@@ -208,9 +182,3 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(
     before = sorted(models.rglob("*"))
     assert sentence in said(lambda: draw_here("a cat", *words), capsys)
     assert sorted(models.rglob("*")) == before and "neither" in (models / "text.png").read_text()
-
-
-def test_sample_sends_pipelines_and_class_models_here(models, capsys):
-    for model in ("digits.pt", "toy"):
-        sentence = said(lambda model=model: sample.load_model(models / model), capsys)
-        assert model in sentence and "latent_ext.generate for this one" in sentence

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from oracles import randomise
-from torch.distributions import Normal
 
 from latent_ext.guidance import ClassUNet, guided, parse_labels
-from processes import NoiseSchedule, sample
 from toolbox.files import UserError
 
 CATS = {"fur": ("black", "white"), "eyes": ("green", "blue")}
@@ -34,43 +32,6 @@ def test_the_scale_moves_along_a_line_from_unconditional_through_conditional(sca
     assert len(calls) == 1 and torch.equal(calls[0], asked)
     unconditional, conditional = (predict_noise(X, T, one) for one in both)
     torch.testing.assert_close(noise, scale * conditional + (1 - scale) * unconditional)
-
-
-def normal_classes(mean, std):
-    """draw(label, scale) with the exact predict_noise of N(mean[c], std) in each class c."""
-    schedule = NoiseSchedule.cosine()
-
-    def predict_noise(x, t, labels):
-        ab = schedule.alpha_bar.double()[t].view(-1, 1)
-        means, variance = ab.sqrt() * mean, ab * std**2 + 1 - ab  # (B, classes)
-        possible = (labels == 0) | (labels == 1 + torch.arange(len(mean)))
-        log_density = torch.where(possible, -((x - means) ** 2) / (2 * variance), -torch.inf)
-        distance = (log_density.softmax(1) * (x - means)).sum(1, keepdim=True)
-        return (1 - ab).sqrt() * distance / variance
-
-    def draw(label, scale):
-        """From the quantiles of the noise, which DDIM moves to the quantiles of the result."""
-        even = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
-        predict = guided(predict_noise, torch.full((1000, 1), label), OPEN[:, :1], scale)
-        return sample(predict, Normal(0.0, 1.0).icdf(even), schedule, steps=100, eta=0)
-
-    return draw
-
-
-def test_scale_1_samples_the_class_and_scale_0_all_classes():
-    draw = normal_classes(torch.tensor([-0.6, 0.1, 0.9], dtype=torch.float64), 0.2)
-    for label, mean in ((1, -0.6), (2, 0.1), (3, 0.9)):
-        std, mean_of_draws = torch.std_mean(draw(label, 1.0))
-        assert (mean_of_draws.item(), std.item()) == pytest.approx((mean, 0.2), abs=0.01)
-    assert draw(1, 0.0).mean().item() == pytest.approx(0.4 / 3, abs=0.02)
-
-
-def test_more_guidance_leaves_fewer_doubts():
-    """Two classes overlap: the share of samples on the wrong side falls with the scale."""
-    draw = normal_classes(torch.tensor([-0.4, 0.4], dtype=torch.float64), 0.5)
-    wrong = [(draw(2, scale) < 0).double().mean().item() for scale in (0.0, 1.0, 2.0, 4.0)]
-    assert wrong[:2] == pytest.approx([0.5, 0.2119], abs=0.02)  # of N(0.4, 0.5) below 0
-    assert wrong[1] > wrong[2] + 0.05 and wrong[2] > wrong[3]
 
 
 def make():
@@ -103,7 +64,7 @@ def test_everything_learns_and_config_rebuilds_the_network():
     assert again.config == net.config and net.config["channels"] == [8, 16]
 
 
-COMMAS, DIGITS = {"food": ("eggs, fried", "eggs")}, {"digit": tuple("0123456789")}
+DIGITS = {"digit": tuple("0123456789")}
 
 
 @pytest.mark.parametrize(
@@ -115,8 +76,6 @@ COMMAS, DIGITS = {"food": ("eggs, fried", "eggs")}, {"digit": tuple("0123456789"
         ("green background, green eyes", CATS, [0, 1, 1]),
         ("7", DIGITS, [8]),
         ("0 digit", DIGITS, [1]),
-        ("Eggs, fried", COMMAS, [1]),
-        ("eggs", COMMAS, [2]),
     ],
 )
 def test_a_prompt_names_answers(prompt, classes, labels):

@@ -78,6 +78,7 @@ def test_each_guidance_scale_draws_the_same_prompts_and_seeds(tmp_path, monkeypa
     save_model(model, network, model_config(network, NoiseSchedule.sigmoid(), 8, "folder"))
     monkeypatch.setattr(latent_ext.evaluate, "load_data", lambda *a, **k: data)
     monkeypatch.setattr(latent_ext.evaluate, "feature_net", lambda data: judge)
+    monkeypatch.setattr(latent_ext.evaluate, "BATCH", 3)
     words = f"evaluate --model {model} --n 8 --steps 2 --guidance 0 1 --device cpu"
     monkeypatch.setattr(sys, "argv", words.split())
     latent_ext.evaluate.main()

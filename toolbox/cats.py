@@ -67,10 +67,10 @@ def draw(
         if value not in ATTRIBUTES.get(name, ()):
             raise ValueError(f"{name}={value!r}: expected one of these: {ATTRIBUTES}")
     cats = [describe(seed, index, attributes) for index in range(start, start + n)]
-    chunks = [cats[i : i + 64] for i in range(0, n, 64)]  # 64 at a time fit the processor's cache
-    images = torch.cat([torch.zeros(0, 3, size, size), *(render(chunk, size) for chunk in chunks)])
+    # 64 at a time fit the processor's cache.
+    images = torch.cat([render(cats[i : i + 64], size) for i in range(0, n, 64)])
     labels = {
-        name: torch.tensor([values.index(cat[name]) for cat in cats], dtype=torch.long)
+        name: torch.tensor([values.index(cat[name]) for cat in cats])
         for name, values in ATTRIBUTES.items()
     }
     return images, labels, [caption(cat) for cat in cats]

@@ -1,13 +1,13 @@
 """Images to train on: drawn cats, well-known sets, or a folder of one's own.
 
-They are decoded once, into a file of bytes in CACHE that is mapped into memory.
+They are decoded once, into a file in CACHE that is mapped into memory.
 """
 
-import math
 import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from toolbox import cats
@@ -85,7 +85,7 @@ def load_data(name: str, size: int | None = None, held_out: bool = False) -> Dat
     """
     size = SIZES.get(name, FOLDER_SIZE) if size is None else size
     check_number("--size", size, 1, MAX_SIZE)
-    known_as = stem = name
+    known_as = file_name = name
     if name == "cats":
         source = drawn_cats(size, held_out)
     elif name in TORCHVISION:
@@ -94,10 +94,10 @@ def load_data(name: str, size: int | None = None, held_out: bool = False) -> Dat
         source = image_folder(Path(name), size, held_out)
         place = Path(os.path.abspath(name))  # a link keeps the name that was typed
         known_as = f"{place.name}-folder" if place.name in SIZES else printable(place.name)
-        stem = f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"  # not the only one of its name
+        file_name = f"{place.name}-{zlib.crc32(os.fsencode(place)):08x}"  # others have this name
     else:
         raise UserError(f"--data {name!r}: expected a folder of images, or: {', '.join(SIZES)}")
-    path = CACHE / f"{stem}{'-held-out' if held_out else ''}-{size}px.bytes"
+    path = CACHE / f"{file_name}{'-held-out' if held_out else ''}-{size}px.cache"
     return Data(known_as, **cached(path, *source), hflip=name != "mnist")
 
 
@@ -124,9 +124,9 @@ def known_set(name: str, size: int, held_out: bool) -> Source:
         try:
             pairs = dataset(CACHE, download=True, **part)
         except Exception as error:  # of the network, of archives, of files: nearly anything
-            advice = f"put the files of torchvision's {dataset.__name__} into {CACHE / folder}"
-            sentence = f"its download failed ({error}); where there is no internet, {advice}"
-            raise UserError(f"--data {name}: {sentence}") from error
+            sentence = f"its download failed ({error}); without internet, put the files of"
+            place = f"torchvision's {dataset.__name__} into {CACHE / folder}"
+            raise UserError(f"--data {name}: {sentence} {place}") from error
         for image, label in tqdm(pairs, desc=f"reading {name}", leave=False):
             caption = pairs.classes[label].split(" - ")[0]  # MNIST's are "0 - zero", ...
             if caption in values:
@@ -144,8 +144,8 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
     """
     files = list_files(folder)
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    others = [path.suffix for path in files if path.suffix.lower() not in {*SUFFIXES, ".txt"}]
-    counts = ", ".join(f"{n} {suffix}" for suffix, n in sorted(Counter(others).items()))
+    others = Counter(p.suffix for p in files if p.suffix.lower() not in {*SUFFIXES, ".txt"})
+    counts = ", ".join(f"{n} {suffix}" for suffix, n in sorted(others.items()))
     found = f"{folder}: {len(images)} images" + (f"; not read: {counts}" if counts else "")
     if len(images) < HELD_OUT_EVERY:
         found += f"; expected {HELD_OUT_EVERY} or more, to hold one out"
@@ -168,9 +168,9 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
                 image = read_image(folder / path, size)
             except UserError as error:
                 tqdm.write(printable(f"skipped {error}"))
-            else:
-                caption = read_caption(folder / text, name) if text in stats else name
-                yield image, [names.index(name)], printable(caption)
+                continue
+            caption = read_caption(folder / text, name) if text in stats else name
+            yield image, [names.index(name)], printable(caption)
 
     stats = {path: (folder / path).stat() for path in files}
     version = "\n".join(f"{path} {s.st_size} {s.st_mtime_ns}" for path, s in stats.items())
@@ -209,18 +209,13 @@ def read_image(path: Path, size: int) -> Tensor:
     """A file of any of Pillow's kinds, upright, as a square: (3, size, size) uint8."""
     try:
         with Image.open(path) as file:
-            if file.width * file.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself only warns
-                raise ValueError(f"it has {file.width} x {file.height} pixels")
+            if file.mode == "F" or (file.mode == "I" and file.getextrema()[0] < 0):
+                raise ValueError("fractions and negative values have no standard brightness")
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # Pillow raises nearly anything on a broken file
         raise UserError(f"{path}: not a readable image ({error})") from error
-    if image.mode.startswith(("I", "F")):  # Pillow would clip these to 0 .. 255, not scale them
-        grey = pil_to_tensor(image.convert("F"))
-        whites = (1, 255, 65535) if image.mode == "F" else (65535,)  # fractions have no standard
-        white = next((value for value in whites if grey.max() <= value), grey.max())
-        if not 0 <= grey.min() <= grey.max() < math.inf:
-            raise UserError(f"{path}: not a readable image (negative or infinite values, or NaN)")
-        image = to_pil_image((grey * (255 / white)).round().to(torch.uint8))
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8, not scale
+        image = image.convert("I").point(lambda value: value / 257 + 0.5).convert("L")
     image = center_crop_resize(image.convert("RGBA"), size)
     # The colours behind transparent pixels may be anything, often black or noise: use white.
     white = Image.new("RGBA", image.size, "white")
@@ -237,45 +232,28 @@ def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
 
 
 def cached(path: Path, classes: Classes, samples: Iterable[Sample], version: str) -> dict:
-    """Data's images, classes, labels and captions, from two files that are made when needed.
+    """Data's images, classes, labels and captions, from a file that is made when needed.
 
-    They are needed if they are missing, damaged or of another version.
+    It is needed if it is missing, damaged or of another version. Its images are mapped: they are
+    read when used, and memory that others need is given back.
     """
-    try:
-        fields = torch.load(path.with_suffix(".pt"), weights_only=True)
-        whole = path.stat().st_size == math.prod(fields["shape"]) and fields["version"] == version
-    except Exception:  # missing, or whatever damaged bytes lead to
-        whole = False
-    if not whole:
-        fields = write_cache(path, classes, samples, version)
-    # Mapped: read when used, and memory that others need is given back. Shared: otherwise the
-    # system would set memory aside for changes, and refuse a file larger than the memory.
-    size = math.prod(fields["shape"])
-    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-    known = {name: fields[name] for name in ("classes", "labels", "captions")}
-    return known | {"images": mapped.view(fields["shape"])}
-
-
-def write_cache(path: Path, classes: Classes, samples: Iterable[Sample], version: str) -> dict:
+    with suppress(Exception):  # a missing file, or whatever damaged bytes lead to
+        fields = torch.load(path, mmap=True, weights_only=True)
+        if fields.pop("version") == version:
+            return fields
     remove_leftovers(CACHE)
-    path.with_suffix(".pt").unlink(missing_ok=True)  # with it the old bytes end, too
-    known = []
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        for image, *label_and_caption in samples:
-            file.write(image.numpy().tobytes())
-            known.append(label_and_caption)
-        if not known:
+    with atomic_write(path) as temporary:
+        rows = list(samples)
+        if not rows:
             raise UserError("none of the images can be read")
-    labels, captions = zip(*known, strict=True)
-    fields = {
-        "version": version,
-        "shape": (len(known), *image.shape),
-        "classes": classes,
-        "labels": torch.tensor(labels) if classes else None,
-        "captions": captions if any(captions) else (),
-    }
-    with atomic_write(path.with_suffix(".pt")) as temporary:
-        torch.save(fields, temporary)
+        images, labels, captions = zip(*rows, strict=True)
+        fields = {
+            "images": torch.stack(images),
+            "classes": classes,
+            "labels": torch.tensor(labels) if classes else None,
+            "captions": captions if any(captions) else (),
+        }
+        torch.save(fields | {"version": version}, temporary)
     return fields
 
 

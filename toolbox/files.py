@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA, Linux, Windows
 
@@ -21,8 +21,9 @@ class UserError(Exception):
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Print a UserError as one line and exit with 2; any other exception keeps its traceback."""
-    survive_closed_pipe(sys.stdout)
-    survive_closed_pipe(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        for name in ("write", "flush"):
+            setattr(stream, name, partial(unbroken, getattr(stream, name)))
     try:
         yield
     except UserError as error:
@@ -40,19 +41,12 @@ def user_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-def survive_closed_pipe(stream: TextIO) -> None:
+def unbroken(method: Callable, *args: object) -> object:
     """Whoever reads the output may leave (`| head`); a training then continues in silence."""
-
-    def guarded(method: Callable) -> Callable:
-        def call(*args: object) -> object:
-            try:
-                return method(*args)
-            except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-        return call
-
-    stream.write, stream.flush = guarded(stream.write), guarded(stream.flush)
+    try:
+        return method(*args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), method.__self__.fileno())
 
 
 def printable(text: str) -> str:
@@ -109,16 +103,13 @@ def lock_folder(folder: Path) -> None:
     path, mine = folder / "lock", f"{os.getpid()} {socket.gethostname()}"
     with system_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            path.open("x").close()  # fails if the file exists
-        except FileExistsError:
-            pid, _, host = (lock := path.read_text("utf-8", "replace")).partition(" ")
-            if lock != mine and host == socket.gethostname() and process_alive(pid):
+        lock = path.read_text("utf-8") if path.exists() else mine
+        if lock != mine:
+            pid, _, host = lock.partition(" ")
+            if host == socket.gethostname() and process_alive(pid):
                 advice = f"use another --out, or wait for it (if it is none, delete {path})"
-                sentence = f"another training, process {pid}, is using {folder}: {advice}"
-                raise UserError(sentence) from None
-            if lock != mine:
-                print(f"took over {folder}: process {pid} no longer runs here", flush=True)
+                raise UserError(f"another training, process {pid}, is using {folder}: {advice}")
+            print(f"took over {folder}: process {pid} no longer runs here", flush=True)
         path.write_text(mine, "utf-8")
     atexit.register(path.unlink, missing_ok=True)
     remove_leftovers(folder)

@@ -64,13 +64,14 @@ def save_plot(figure: plt.Figure, path: Path, dpi: int = 100) -> None:
 
 def plot_training(history: list[tuple[int, float]], levels: Levels, path: Path) -> None:
     """Left: the loss during training, (step, loss). Right, if known: that by noise level."""
-    options = {"figsize": (10, 3.5), "layout": "constrained", "squeeze": False}
-    figure, ((left, *right),) = plt.subplots(1, 2 if levels else 1, **options)
+    figure = plt.figure(figsize=(10, 3.5), layout="constrained")
+    left = figure.add_subplot(1, 2 if levels else 1, 1)
     left.plot(*zip(*history, strict=True))
     left.set(xlabel="training step", ylabel="loss", yscale="log")
     left.grid(alpha=0.3)
     if levels:
-        plot_levels(right[0], {"this network": levels}, "loss by noise level, EMA weights")
+        right = figure.add_subplot(1, 2, 2)
+        plot_levels(right, {"this network": levels}, "loss by noise level, EMA weights")
     save_plot(figure, path)
 
 

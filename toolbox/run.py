@@ -166,7 +166,8 @@ class Run:
         path = self.folder / "resume.pt"
         content = read(path) if path.exists() else None
         if content is not None:
-            self.check_settings(content)
+            with same_network(path):
+                self.check_settings(content["settings"] | {"precision": content["precision"]})
         if RANK == 0:
             lock_folder(self.folder)
         if content is None:
@@ -179,16 +180,12 @@ class Run:
         vars(self).update({name: content[name] for name in RESUMED})
         self.saved_step = self.step
 
-    def check_settings(self, content: object) -> None:
-        advice = "use another --out for a new run"
-        if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
-            raise UserError(f"{self.folder / 'resume.pt'}: no training resumes from this; {advice}")
-        before = content["settings"] | {"precision": content.get("precision")}
+    def check_settings(self, before: dict) -> None:
         now = self.settings | {"precision": self.precision or before["precision"]}
         for name in before | now:
             if before.get(name) != now.get(name):
                 both = f"{name} = {before.get(name)}, and now it is {now.get(name)}"
-                advice += ", or the same settings to resume that one"
+                advice = "use another --out for a new run, or the same settings to resume that one"
                 raise UserError(f"{self.folder} holds a run with {both}: {advice}")
 
     def request_stop(self, *_: object) -> None:
