@@ -46,7 +46,7 @@ def main(here, monkeypatch):
         path.with_suffix(".txt").write_text(caption)
     monkeypatch.setattr(train_vae, "CHANNELS", (8, 8, 16))
     monkeypatch.setattr(train_clip, "TRANSFORMER", {"width": 32, "layers": 1, "heads": 2})
-    monkeypatch.setattr(train_unet, "SIZES", TINY)
+    monkeypatch.setattr(train_unet, "UNET", TINY)
     monkeypatch.setattr(train_classes, "CHANNELS", (8, 16, 16, 16))
     for module in (train_classes, train_vae, train_clip, train_unet):
         monkeypatch.setattr(module, "STEPS", 2)
@@ -269,17 +269,17 @@ def test_a_unet_resumes_with_its_own_vae_and_clip_only(parts, monkeypatch, capsy
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("unet", "before the U-Net comes python -m latent_ext.train vae"),
-        ("all --steps 5", "--steps: expected one part, got all"),
+        ("unet", "is missing: first run python -m latent_ext.train vae"),
+        ("all --steps 5", "--steps works for one part only"),
         ("vae --size 30", "--size 30: expected a multiple of 8"),
         ("vae --steps 0", "--steps 0: expected 1 or more"),
         ("vae --batch 0", "--batch 0: expected 1"),
         ("clip --batch 1", "--batch 1: expected 2 or more"),
         ("all --batch 1", "--batch 1: expected 2 or more"),
         ("classes --seed -1", "--seed -1: expected 0"),
-        ("all --data same", "expected two different captions or more"),
-        ("vae --data silent", "expected captions, image.txt next to image.jpg"),
-        ("classes --data silent", "expected classes, each in a sub-folder"),
+        ("all --data same", "expected at least two different captions"),
+        ("clip --data silent", "expected captions: image.txt next to image.jpg"),
+        ("classes --data silent", "expected classes, one sub-folder per class"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_sentence(main, capsys, words, sentence):
