@@ -21,7 +21,7 @@ GRID = 1024  # images that fit into one grid
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model", help="a model.pt or ready model (default: runs/cats/model.pt, else cats)")
+    add("--model", help="a model.pt or pretrained model (default: runs/cats/model.pt, else cats)")
     add("--n", type=int, default=64, help="how many images (default: 64)")
     add("--steps", type=int, default=40, help="network calls for each image (default: 40)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
@@ -56,7 +56,7 @@ def main() -> None:
         def on_step(x: Tensor, t_prev: int, x0: Tensor) -> Tensor:
             bar.update()
             if args.gif:
-                trajectory.append(x.cpu())
+                trajectory.append(x.cpu())  # `calls` per batch
             return x
 
         options = {"steps": args.steps, "timesteps": pairs, "eta": args.eta, "order": args.order}
