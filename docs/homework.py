@@ -31,7 +31,7 @@ TASKS = {
     task: "tests/test_{}.py::test_{}".format(*test.split("::"))
     for task, test in map(str.split, TABLE.strip().splitlines())
 }
-LEFT_OUT = (".*", "runs", "data", "__pycache__", "*.png", "*.gif")
+LEFT_OUT = (".*", "runs", "data", "node_modules", "__pycache__", "*.png", "*.gif")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ STEPS, BATCH = 2200, 16
 CHANNELS = (24, 48, 96, 96)  # as in the core
 COND_DROP_PROB = 0.1
 PREVIEW_SCALE = 3.0  # guidance scale
-PREVIEW_CALLS = 94  # 40 steps of two calls, the loss at 10 levels, and plots (measured)
+PREVIEW_CALLS = 94  # cost of a preview in network calls (measured): 40 x 2, 10 losses, plots
 
 
 def train(args: argparse.Namespace, data: Data) -> None:

@@ -1,6 +1,6 @@
 """Train CLIP: in each batch every image must find its caption, and every caption its image.
 
-Then only the text encoder is used, unchanged: its output is the U-Net's context.
+Afterwards only the text encoder is used, unchanged: its output is the U-Net's context.
 """
 
 import argparse
@@ -20,7 +20,7 @@ STEPS, BATCH = 300, 64
 PATCH = 8  # width and height in pixels
 TRANSFORMER = {"width": 128, "layers": 4, "heads": 4}  # of both encoders
 OTHERS = 63  # an image's own caption is compared with so many others
-PREVIEW_CALLS = 17  # in network calls: 512 images, their captions, and two plots (measured)
+PREVIEW_CALLS = 17  # cost of a preview in network calls (measured): 512 images, captions, plots
 
 
 def train(args: argparse.Namespace, data: Data) -> None:
@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, data: Data) -> None:
 def retrieval_accuracy(network: CLIP, tokenizer: Tokenizer, data: Data, others: int) -> float:
     """The share of the first 512 images that fit their own caption better than `others` others.
 
-    These are drawn at random, but always the same. Chance: 1 / (1 + others).
+    The others are drawn at random, but are always the same. Chance: 1 / (1 + others).
     """
     device = network.logit_scale.device
     captions, caption_of = unique_captions(data.captions)

@@ -1,6 +1,6 @@
 """The U-Net of Stable Diffusion: the core's training, on the VAE's latents, with captions.
 
-As in train_classes.py, one image in ten is trained without its condition, here an empty caption.
+As in train_classes.py, one image in ten loses its condition: here its caption becomes empty.
 """
 
 import argparse
@@ -69,10 +69,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
             context = contexts[variants[preview_indices(latents), 0]]
             log_samples(run, schedule, context, contexts[:1], pipeline.decode)
             save(replace(pipeline, unet=run.ema), args.out)
-    if RANK == 0:
-        save(
-            replace(pipeline, unet=run.ema), args.out
-        )  # in case a kill interrupted the last preview
+    if RANK == 0:  # again, in case a kill interrupted the last preview
+        save(replace(pipeline, unet=run.ema), args.out)
     print(f"to draw with it: python -m latent_ext.generate PROMPT --model {args.out}")
 
 

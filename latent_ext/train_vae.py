@@ -20,8 +20,8 @@ from train import autocast, gradient_step, start_run
 
 STEPS, BATCH = 4500, 4
 CHANNELS = (16, 32, 64)
-KL_WEIGHT = 1e-6  # the image matters most; a little KL keeps the latents compact
-PREVIEW_CALLS = 2  # in network calls: a reconstruction, and its grid (measured)
+KL_WEIGHT = 1e-6  # only keeps the latents' variances from vanishing: math.md, section 10
+PREVIEW_CALLS = 2  # cost of a preview in network calls (measured): reconstruction and grid
 
 
 def train(args: argparse.Namespace, data: Data) -> None:

@@ -116,9 +116,6 @@ def their_text_name(name):
     return renamed(name, layer_names("text_encoder", {"layers": 12}, DIFFUSERS))
 
 
-their_layer_name = their_text_name
-
-
 def renamed(name, rules):
     """name.weight -> rules[name].weight; a name without a rule stays."""
     stem, dot, last = name.rpartition(".")

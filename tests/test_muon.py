@@ -59,7 +59,8 @@ def test_equals_pytorchs_own(shape):
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     muon = Muon([ours], lr=0.02, momentum=0.95, weight_decay=0.1)
     options = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
-    judge = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    options |= {"adjust_lr_fn": "match_rms_adamw", "ns_steps": orthogonal.__defaults__[0]}
+    judge = torch.optim.Muon([theirs], **options)
     for _ in range(6):
         ours.grad = torch.randn(shape)
         theirs.grad = ours.grad.clone()

@@ -12,7 +12,6 @@ from processes import (
     add_noise,
     noise_from_v,
     noise_from_velocity,
-    randn_like,
     sample,
     snr_pairs,
     timestep_pairs,
@@ -95,21 +94,6 @@ def test_the_right_v_and_the_right_velocity_are_the_right_noise(schedule, shape)
         assert asked[0][0] is x_t and asked[0][1:] == (t, "context")
 
 
-@pytest.mark.parametrize("steps", [1, 7, 40])
-def test_ddim_with_a_velocity_is_eulers_method_on_the_straight_line(steps):
-    """z = (1 - s) x0 + s noise is x_t, not scaled to variance 1; its step is (s' - s) u."""
-    schedule, x = NoiseSchedule.flow(), normal(2, 3, 4, 4)
-    a = torch.cat([schedule.alpha_bar.double(), torch.ones(1)])
-    s = (1 / (1 + (a / (1 - a)).sqrt())).tolist()  # from alpha_bar, which float32 has rounded
-    assert s == pytest.approx([*((t + 1) / 1000 for t in range(1000)), 0], abs=5e-5)
-    z = x * math.hypot(1 - s[999], s[999])
-    for t, t_prev in timestep_pairs(1000, steps):
-        x_t = z / math.hypot(1 - s[t], s[t])
-        z = z + (s[t_prev] - s[t]) * toy_model(x_t, torch.tensor([t, t]))
-    result = sample(noise_from_velocity(toy_model, schedule), x, schedule, steps, eta=0)
-    torch.testing.assert_close(result, z, rtol=1e-6, atol=1e-6)
-
-
 # ---- the loop against diffusers, at every step ---------------------------------------------------
 
 
@@ -169,16 +153,6 @@ def gaussian(schedule):
     return predict_noise
 
 
-def velocity(schedule):
-    """E[noise - x0 | x_t] of the same data, from its expected noise."""
-
-    def network(x, t):
-        a, noise = schedule.alpha_bar[t[0]].item(), gaussian(schedule)(x, t)
-        return noise - (x - math.sqrt(1 - a) * noise) / math.sqrt(a)
-
-    return noise_from_velocity(network, schedule)
-
-
 @pytest.mark.parametrize(("kind", "eta"), [("dpmsolver++", 0), ("sde-dpmsolver++", 1)])
 def test_order_2_equals_diffusers(kind, eta):
     """math.md (23): each step of DPM-Solver++ (2M), without and with fresh noise."""
@@ -191,51 +165,29 @@ def test_order_2_equals_diffusers(kind, eta):
     pairs = [*itertools.pairwise([*t, -1])]
     predict_noise = lambda x, t: torch.tanh(2 * x) * (1 - t[0] / 2000)  # noqa: E731
     x = start = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)).double()
-    generator = torch.Generator().manual_seed(1)
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
     seen = []
-
-    def on_step(x, t_prev, x0):
-        seen.append(x)
-        return x
-
-    options = {"order": 2, "eta": eta, "timesteps": pairs, "on_step": on_step}
-    sample(predict_noise, start, schedule, generator=torch.Generator().manual_seed(1), **options)
+    options = {"order": 2, "eta": eta, "timesteps": pairs, "generator": generators[0]}
+    options["on_step"] = lambda x, t_prev, x0: seen.append(x) or x
+    sample(predict_noise, start, schedule, **options)
     for step, now in enumerate(judge.timesteps):
         noise = predict_noise(x, torch.full((4,), now.item()))
-        x = judge.step(noise, now, x, generator=generator).prev_sample.double()
+        x = judge.step(noise, now, x, generator=generators[1]).prev_sample.double()
         torch.testing.assert_close(seen[step], x, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(gaussian, "linear"), (velocity, "flow")])
-def test_gaussian_points_come_out_with_their_mean_and_covariance(kind, name):
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.flow()])
+def test_gaussian_points_come_out_with_their_mean_and_covariance(schedule):
     """At eta 0 the sampler is an affine map of the noise here: three points give it exactly."""
-    schedule = getattr(NoiseSchedule, name)()
     x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    origin, *ends = sample(kind(schedule), x, schedule, 1000, eta=0)
+    origin, *ends = sample(gaussian(schedule), x, schedule, 1000, eta=0)
     matrix = torch.stack(ends) - origin
     torch.testing.assert_close(origin, MEAN, atol=0.02, rtol=0)
     torch.testing.assert_close(matrix.T @ matrix, COVARIANCE, atol=0.006, rtol=0)
     x, generator = normal(20_000, 2), torch.Generator().manual_seed(0)
-    x0 = sample(kind(schedule), x, schedule, 500, eta=1, generator=generator)
+    x0 = sample(gaussian(schedule), x, schedule, 500, eta=1, generator=generator)
     torch.testing.assert_close(x0.mean(0), MEAN, atol=0.02, rtol=0)
     torch.testing.assert_close(torch.cov(x0.T), COVARIANCE, atol=0.02, rtol=0)
-
-
-@pytest.mark.parametrize(("order", "factor"), [(1, 2), (2, 4)])
-def test_twice_as_many_steps_leave_a_quarter_of_the_error(order, factor):
-    """Or half, at order 1. Along an axis the exact solution is the ratio of the deviations."""
-    schedule, x = NoiseSchedule.cosine(), normal(8, 2)
-    values, axes = torch.linalg.eigh(COVARIANCE)
-    a = schedule.alpha_bar[-1].item()
-    scales = (values / (a * values + 1 - a)).sqrt()
-    exact = MEAN + ((x - math.sqrt(a) * MEAN) @ axes * scales) @ axes.T
-    pairs = [snr_pairs(schedule, steps) for steps in (20, 40)]
-    options = {"eta": 0, "order": order}
-    coarse, fine = (
-        (sample(gaussian(schedule), x, schedule, timesteps=p, **options) - exact).norm()
-        for p in pairs
-    )
-    assert coarse / fine == pytest.approx(factor, rel=0.3)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "flow"])
@@ -273,7 +225,8 @@ def test_the_default_is_40_steps_of_ddpm_without_clipping_and_without_gradients(
     assert not result.requires_grad and types == {result.dtype} == {torch.float32}
     pairs = [(t, t - 25) for t in range(999, 0, -25)]
     options = {"clip_x0": False, "order": 1, "generator": generator.manual_seed(0)}
-    assert torch.equal(result, sample(predict_noise, x, schedule, 7, 1, pairs, **options))
+    in_float32 = lambda x, t: predict_noise(x, t).float()  # noqa: E731
+    assert torch.equal(result, sample(in_float32, x, schedule, 7, 1, pairs, **options))
 
 
 def test_on_step_decides_what_x_the_loop_continues_with():
@@ -283,7 +236,7 @@ def test_on_step_decides_what_x_the_loop_continues_with():
     assert seen[1:] == [749, 499, 249] and result == -1
 
 
-def test_a_seed_gives_the_same_normal_noise_and_image_whatever_the_others_are():
+def test_a_seed_gives_the_same_image_whatever_the_others_are():
     schedule, options = NoiseSchedule.linear(), {"steps": 5, "eta": 1, "clip_x0": True}
     together = sample_seeds(toy_model, (3, 4, 4), [7, 8, 9], schedule, **options)
     for seed, image in zip([7, 8, 9], together, strict=True):
@@ -294,11 +247,6 @@ def test_a_seed_gives_the_same_normal_noise_and_image_whatever_the_others_are():
         torch.testing.assert_close(sample(toy_model, x, schedule, **options)[0], image)
         del options["generator"]
     assert not torch.allclose(together[0], together[1], atol=0.1)
-    torch.manual_seed(0)
-    for generator in (None, torch.Generator().manual_seed(5), generators(range(5, 9))):
-        noise = randn_like(torch.zeros(4, 5000).double(), generator)
-        assert noise.dtype == torch.float64 and len(noise.unique()) > 19_900
-        assert abs(noise.mean().item()) < 0.03 and abs(noise.std().item() - 1) < 0.03
     x = sample_seeds(toy_model, (5,), range(4), NoiseSchedule.linear(), device="meta")
     assert x.is_meta and x.shape == (4, 5)
 

@@ -59,9 +59,8 @@ def test_two_processes_train_what_one_trains_and_stop_together(train_here, start
     words = "--batch 8 --model awake.pt --out"
     trainings = [f"--steps 1 {words} first", f"{words} ten", f"{words} stopped", f"{words} nan"]
     trainings += [f"{words} odd --batch 7", "--data nowhere"]
-    program = start(
-        *(f"--steps 10 {training}" for training in trainings), extra=EXTRA, launcher=TWO
-    )
+    trainings = [f"--steps 10 {training}" for training in trainings]
+    program = start(*trainings, extra=EXTRA, launcher=TWO)
 
     monkeypatch.setattr(train, "MAX_GRAD_NORM", 1e3)
     losses, log = [], Run.log
@@ -85,8 +84,7 @@ def test_two_processes_train_what_one_trains_and_stop_together(train_here, start
     assert err.count("the gradient norm nan") == 2 and not Path("nan/resume.pt").exists()
     assert checkpoint("stopped")["step"] == 4 and out.count("after step 4 of 10") == 1
     assert err.count("expected a multiple of 2, the processes") == 2
-    assert (
-        err.count("nowhere': expected a folder of images") == 2 and out.count("steps 0 to 10") == 3
-    )
+    assert err.count("nowhere': expected a folder of images") == 2
+    assert out.count("steps 0 to 10") == 3
     train_here(*words, "--out", "stopped")  # one process resumes it
     torch.testing.assert_close(flat("stopped"), flat("alone-10"), atol=1e-4, rtol=1e-4)

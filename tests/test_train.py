@@ -28,6 +28,7 @@ from toolbox.seeds import sample_seeds
 from toolbox.timing import announce
 from unet import UNet
 
+STEP = 2.5 * train.learning_rate(0, 1)  # no weight changes by more in a run's first step
 LOG_SAMPLES = train.log_samples  # the fixture train_here replaces it
 
 # ---- the recipe ----------------------------------------------------------------------------------
@@ -35,16 +36,17 @@ LOG_SAMPLES = train.log_samples  # the fixture train_here replaces it
 
 def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     """The same arithmetic a second time, with optimizers built here, number by number."""
-    rates = {0: 4e-5, 24: 1e-3, 48: 1.904e-3, 500: 1e-3, 999: 2e-6}  # of 1000 steps
-    assert {step: train.learning_rate(step, 1000) for step in rates} == pytest.approx(rates)
+    shares = {0: 0.02, 24: 0.5, 48: 0.952, 500: 0.5, 999: 0.001}  # of the rate, in 1000 steps
+    rates = {step: train.learning_rate(step, 1000) / train.LEARNING_RATE for step in shares}
+    assert rates == pytest.approx(shares)
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Conv2d(1, 2, 3)).double()
     network.register_buffer("table", torch.zeros(3))
     ema, twin = copy.deepcopy(network), copy.deepcopy(network)
     optimizers = train.make_optimizers(network)
-    vectors, options = [twin[0].bias, twin[1].bias], {"eps": 1e-8, "weight_decay": 0.01}
-    judges = [Muon([twin[0].weight, twin[1].weight], 2e-3, 0.95, 0.01)]
-    judges += [torch.optim.AdamW(vectors, 2e-3, betas=(0.9, 0.99), **options)]
+    judges = [Muon([twin[0].weight, twin[1].weight], 1.0, 0.95, 0.01)]
+    options = {"betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
+    judges += [torch.optim.AdamW([twin[0].bias, twin[1].bias], 1.0, **options)]
     expected = [w.detach().clone() for w in ema.parameters()]
     for step, scale in enumerate((30.0, 0.01, 3.0, 1.0), start=48):
         losses = [scale * sum(w.sin().sum() for w in net.parameters()) for net in (network, twin)]
@@ -54,7 +56,7 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
         for w in twin.parameters():
             w.grad *= min(1, 1 / (norm + 1e-6))
         for judge in judges:
-            judge.param_groups[0]["lr"] = 2e-3 * min((step + 1) / 50, 1 - step / 100)
+            judge.param_groups[0]["lr"] = train.learning_rate(step, 100)
             judge.step()
             judge.zero_grad()
         torch._foreach_lerp_(expected, [*twin.parameters()], 1 - (2 + step) / (11 + step))
@@ -86,7 +88,8 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
         x0 = images[torch.randint(len(images), (4,), generator=generator)]
         flipped = torch.rand(4, generator=generator) < 0.5
         x0[flipped] = x0[flipped].flip(-1)
-        assert torch.equal(t, torch.randint(1000, (4,), generator=generator))
+        first = torch.randint(1000, (), generator=generator).item()
+        assert t.tolist() == [(first + 250 * i) % 1000 for i in range(4)]
         noise = torch.randn(4, 3, 16, 16, generator=generator)
         a = NoiseSchedule.sigmoid().alpha_bar[t].view(-1, 1, 1, 1)
         torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
@@ -96,21 +99,19 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
     assert "steps 0 to 2 of 4 images" in out and "photos: 12 of 3x16x16" in out
 
 
-def test_the_network_depends_on_the_size_and_starts_from_the_seed(train_here, monkeypatch):
-    with pytest.raises(SystemExit):  # argparse's own refusal
-        train_here("--schedule", "sine")
+@pytest.mark.parametrize(("size", "seed"), [(63, 0), (64, 0), (64, 1)])
+def test_the_network_depends_on_the_size_and_starts_from_the_seed(
+    train_here, monkeypatch, size, seed
+):
     made = []
-    note = lambda _, out, network, *__: made.append(network) or 1 / 0  # noqa: E731
+    note = lambda _, out, network, *__: made.append(network) or sys.exit()  # noqa: E731
     monkeypatch.setattr(train, "start_run", note)
     monkeypatch.setattr(train, "UNet", UNet)
-    for words in (["--size", 63], ["--size", 64], ["--size", 64, "--seed", 1]):
-        with pytest.raises(ZeroDivisionError):
-            train_here(*words)
-    assert made[0].config == UNet().config and made[1].config["channels"] == [16, 32, 64, 128, 192]
-    torch.manual_seed(1)
-    expected = UNet(3, 3, (16, 32, 64, 128, 192), attention_levels=(0, 0, 0, 1, 0)).state_dict()
-    assert all(map(torch.equal, made[2].state_dict().values(), expected.values()))
-    assert not torch.equal(made[1].conv_in.weight, made[2].conv_in.weight)
+    with pytest.raises(SystemExit):
+        train_here("--size", size, "--seed", seed)
+    torch.manual_seed(seed)
+    expected = UNet(3, 3, **(train.LARGE if size == 64 else {})).state_dict()
+    torch.testing.assert_close(made[0].state_dict(), expected, rtol=0, atol=0)
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def test_time_steps_images_and_noise_are_uniform_and_complete(here, hflip):
     images[..., 0] = 255  # the left edge: bright; flipped: the right one
     run, times, shown, flipped, noises = tiny_run(1500, images, hflip), [], [], 0, []
     for x0 in run.batches():
-        times += run.randint(1000).tolist()
+        times += run.timesteps(1000).tolist()
         noises += run.randn_like(x0)[:, 0, 0, 0].tolist()
         shown += ((x0[:, 0, 0, 3] + 1) * 127.5).round().tolist()
         flipped += (x0[:, 0, 0, 7] == 1).sum().item()
@@ -205,20 +206,17 @@ def test_both_precisions_are_timed_and_the_faster_is_taken_announced_and_kept(
         announce(run, step, lambda precision: None, 60)
 
 
-def test_timing_makes_whole_steps_in_both_precisions_and_changes_nothing(train_here, monkeypatch):
-    steps, precisions, step, autocast = [], [], train.gradient_step, train.autocast
+def test_timing_makes_whole_steps_of_a_copy_in_both_precisions(train_here, monkeypatch):
+    steps, step = [], train.gradient_step
     monkeypatch.setattr(train, "gradient_step", lambda *words: steps.append(words) or step(*words))
-    note = lambda *words: precisions.append(words[1]) or autocast(*words)  # noqa: E731
-    monkeypatch.setattr(train, "autocast", note)
     train_here("--steps", 1, "--precision", None)
     *timed, real = steps
     assert len(timed) >= 3 and all(words[1] is not real[1] for words in timed)
-    assert precisions.count("float32") >= 2 and "bfloat16" in precisions  # a slow one is tried once
     torch.manual_seed(0)
     start, weights = UNet(3, 3, **TINY).state_dict(), checkpoint("run")["network"]
-    assert 0 < max((w - start[name]).abs().max().item() for name, w in weights.items()) < 1e-4
+    assert 0 < max((w - start[name]).abs().max().item() for name, w in weights.items()) < STEP
     for precision in ("float32", "bfloat16"):
-        with autocast(torch.device("cpu"), precision):
+        with train.autocast(torch.device("cpu"), precision):
             assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{precision}"
 
 
@@ -302,7 +300,6 @@ def test_after_ctrl_c_it_saves_and_the_same_command_resumes(train_here, monkeypa
     assert checkpoint("run")["step"] == 7 and signal.getsignal(signal.SIGINT) is before
     assert "steps 7 to 12" in train_here("--steps", 12)
     assert torch.equal(flat("run"), flat("straight"))
-    assert checkpoint("run")["history"] == checkpoint("straight")["history"]
 
 
 def test_a_run_can_start_from_the_weights_of_a_model(train_here):
@@ -310,7 +307,7 @@ def test_a_run_can_start_from_the_weights_of_a_model(train_here):
     out = train_here("--steps", 1, "--out", "fine", "--model", "run/model.pt", "--size", None)
     start, schedule, _ = load_model("run/model.pt")
     end = checkpoint("fine")["network"]
-    assert 0 < max((end[k] - w).abs().max().item() for k, w in start.state_dict().items()) < 1e-4
+    assert 0 < max((end[k] - w).abs().max().item() for k, w in start.state_dict().items()) < STEP
     assert "3x16x16" in out and load_model("fine/model.pt")[1].name == schedule.name == "cosine"
 
 
@@ -353,9 +350,6 @@ def test_a_finished_run_says_so_and_a_loss_that_is_not_finite_keeps_it(train_her
             with pytest.raises(UserError, match=r"step 5: the loss is .*nan"):
                 train_here("--steps", 8)
         assert contents("run") == good
-    train_here("--steps", 8)  # more steps continue it
-    train_here("--steps", 8, "--out", "straight")  # the same rates: in both the warm-up lasts
-    assert torch.equal(flat("run"), flat("straight"))
 
 
 def test_a_damaged_checkpoint_is_one_sentence_and_nothing_is_touched(train_here, here, capsys):
