@@ -4,8 +4,8 @@ It trains like diffusers' example of unconditional generation (by its README's c
 with a learning rate of 1e-4 that rises for 500 steps and falls as a cosine, batches of 16, the
 noise predicted directly, DDPM's linear schedule, an EMA. --network example is that example's U-Net
 (114 million parameters), --network ours diffusers' U-Net of our default's size. The drawn cats, the
-sampler and the judge are those of train.py and evaluate.py. The time of
-forward and backward sets the number of steps; the minutes really spent are printed.
+sampler and the judge are those of train.py and evaluate.py. The time of forward
+and backward sets the number of steps; the minutes really spent are printed.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 By default unet.UNet(), diffusers' UNet2DModel, and lucidrains' Unet if it is installed (pip install
 denoising-diffusion-pytorch). A training step is whole: forward, backward, clipping, optimizer; ours
 with Muon, AdamW and the EMA, the others with AdamW. With --v15 one call of Stable Diffusion's
-U-Net, ours and diffusers'. The networks take turns, so that other work on the machine slows
-all of them alike. Memory is measured in a new process, from before the network is made.
+U-Net, ours and diffusers'. The networks take turns, so that other work on the machine
+slows all of them alike. Memory is measured in a new process, from before the network is made.
 """
 
 import argparse
