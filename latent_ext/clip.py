@@ -27,8 +27,8 @@ PIECES = (  # CLIP's pattern for splitting a text
 class Tokenizer:
     """Texts -> tokens (B, length) long: words or pieces of words, START ... END, padded with END.
 
-    rules: see the import. A text of more than length - 2 tokens is cut; `truncated` returns what
-    is lost.
+    rules: how to split a text. A text of more than length - 2 tokens is cut; `truncated` returns
+    what is lost.
     """
 
     def __init__(self, rules: Rules, length: int):

@@ -42,7 +42,7 @@ def main() -> None:
     for scale in args.guidance:
         check_number("--guidance", scale, 0, 100)
     pipeline = load_pipeline(args.model or default_model(), pick_device(args.device))
-    pipeline.timesteps(args.steps)  # fails if there are fewer
+    pipeline.timesteps(args.steps)  # refuses too many
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
         raise UserError(f"--data {args.data}: this data has no classes to compare the images with")

@@ -45,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="image i of a prompt has seed SEED + i (default: 0)")
     out = Path("samples.png")
     add("--out", type=Path, default=out, help=f".png file for the grid (default: {out})")
-    add("--gif", type=Path, metavar="FILE", help="also an animation (decodes every step: slow)")
+    add("--gif", type=Path, metavar="FILE", help="also write a GIF (decodes every step: slow)")
     add("--device", help="cpu, cuda or mps (default: the fastest available)")
     return parser
 
@@ -132,7 +132,7 @@ def load_pipeline(
 
 
 def check_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
-    """Warn about words that the model will not read. An attribute's unknown value is an error."""
+    """Warn about words that the model will not read. A class-conditional model refuses them."""
     pipeline.encode_prompts(prompts)
     for text in dict.fromkeys(prompts if pipeline.tokenizer else []):
         shown = repr(shorten(text, 60))

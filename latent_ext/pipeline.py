@@ -230,7 +230,7 @@ class ClassPipeline(Pipeline):
         return self.text_encoder(labels.to(self.weight.device))
 
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
-        randn_like(images, generator)  # unused: a seed keeps its later random numbers
+        randn_like(images, generator)  # unused: later random numbers stay as they were
         return images
 
     def decode(self, z0: Tensor) -> Tensor:

@@ -87,9 +87,9 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images (B, in_channels, H, W) in [-1, 1] <-> latents (B, latent_channels, h, w).
 
-    Rombach et al. 2022; h = H / downsampling. channels: one number per level; each level halves
-    height and width. scaling_factor: latents times this have a variance of about 1, like the
-    noise. It is only stored here: encode and decode do not apply it.
+    Rombach et al. 2022; h = H / downsampling. channels: one number per level; each level but the
+    first halves height and width. scaling_factor: latents times this have a variance of about 1,
+    like the noise. It is only stored here: encode and decode do not apply it.
     """
 
     def __init__(
