@@ -18,23 +18,23 @@ from toolbox.metrics import FeatureNet, Inception, evenly_spaced
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
 
-BATCH = 32  # images that go through the network together
+BATCH = 32  # images in one network call
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--model", help="a model.pt or a ready model (default: as for sample.py)")
-    add("--data", help="what it was trained on (default: the model knows, unless it was a folder)")
+    add("--model", help="a model.pt or a pretrained model (default: as for sample.py)")
+    add("--data", help="its training data (default: as the model says, unless it was a folder)")
     add("--n", type=int, default=256, help="samples; 2,000 add the Fréchet distance (default: 256)")
-    add("--steps", type=int, default=40, help="network calls for each sample (default: 40)")
+    add("--steps", type=int, default=40, help="network calls per sample (default: 40)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
     add("--seed", type=int, default=0, help="sample i has the seed SEED + i (default: 0)")
     add("--inception", action="store_true", help="add KID and FID on Inception's features")
     add("--out", type=Path, default="evaluation.png", help="the plots (default: evaluation.png)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
-    check_number("--n", args.n, 4)  # an error bar takes halves, and a distance two images in each
+    check_number("--n", args.n, 4)  # an error bar takes halves; a distance needs two images in each
     check_number("--seed", args.seed, 0, 2**32 - args.n)
     check_number("--eta", args.eta, 0, 1)
     model, device = args.model or default_model(), pick_device(args.device)
@@ -73,7 +73,7 @@ def main() -> None:
 def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tensor) -> dict:
     """Squared error by time step on these images: of the network, and of the best linear denoiser.
 
-    Printed are the means over 0.02 < alpha_bar < 0.98. They depend on the schedule, too: compare
+    It prints the means over 0.02 < alpha_bar < 0.98. They depend on the schedule, too: compare
     the two with each other, not with those of another schedule.
     """
     alpha_bar = schedule.alpha_bar[[*levels]]
@@ -88,7 +88,7 @@ def report_loss(levels: dict, schedule: NoiseSchedule, data: Data, images: Tenso
 
 
 def generate(predict_noise: Network, shape: Sequence[int], seeds: range, **options) -> Tensor:
-    """The images of these seeds, as sample.py makes them: uint8 (N, *shape)."""
+    """Draw the images of these seeds, as sample.py does: uint8 (N, *shape)."""
     batches, images = [seeds[i : i + BATCH] for i in range(0, len(seeds), BATCH)], []
     for batch in tqdm(batches, desc="sampling", leave=False):
         x0 = sample_seeds(predict_noise, shape, batch, clip_x0=True, **options)
@@ -97,7 +97,7 @@ def generate(predict_noise: Network, shape: Sequence[int], seeds: range, **optio
 
 
 def report_quality(samples: Tensor, network: FeatureNet, data: Data, held_out: Data) -> None:
-    """What share is clean, and how the classes are mixed; the same of held-out images."""
+    """Print which share is clean and how the classes are mixed, also for held-out images."""
     judge = metrics.Judge(network, data, held_out)
     real = evenly_spaced(held_out.images, len(samples))
     rows = {"": [f"{len(samples)} samples", f"{len(real)} held-out images"]}
@@ -114,7 +114,7 @@ def report_quality(samples: Tensor, network: FeatureNet, data: Data, held_out: D
 
 
 def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> None:
-    """KID and Fréchet distance to real images; the same of as many real images and other ones."""
+    """Print KID and Fréchet distance to real images, also for as many other real images."""
     real, others = metrics.split(data.images, len(samples))
     ours, theirs, b = (network.extract_features(images) for images in (samples, real, others))
     distances = {"KID x 1000": lambda a, b: 1000 * metrics.kernel_distance(a, b)}

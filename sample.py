@@ -14,7 +14,7 @@ from toolbox.images import grid, save_gif, save_grid, save_image, to_image
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
 
-BATCH = 32  # images that go through the network together; on a CPU more would overflow its cache
+BATCH = 32  # images in one network call; on a CPU more would overflow its cache
 GRID = 1024  # images that fit into one grid
 
 
@@ -23,13 +23,13 @@ def main() -> None:
     add = parser.add_argument
     add("--model", help="a model.pt or pretrained model (default: runs/cats/model.pt, else cats)")
     add("--n", type=int, default=64, help="how many images (default: 64)")
-    add("--steps", type=int, default=40, help="network calls for each image (default: 40)")
+    add("--steps", type=int, default=40, help="network calls per image (default: 40)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
     add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for few steps")
     add("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     add("--out", default="samples.png", help=".png for a grid, or a folder (default: samples.png)")
     add("--gif", type=Path, help="also write an animation of the grid")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
 
     out, as_grid = Path(args.out), args.out.lower().endswith(".png")

@@ -5,8 +5,8 @@
     python -m benchmarks.latents --data PHOTOS --steps N
 
 The last command trains a U-Net on the VAE's latents, and judges both models by their samples. Give
-VAE and U-Net together as many minutes as the model in pixels. The first line of the table, images
-that were only encoded and decoded, is the best that this VAE allows.
+the VAE and this U-Net together as many minutes as the model in pixels. The table's first line,
+images that were only encoded and decoded, is the best that this VAE allows.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def main() -> None:
     add = parser.add_argument
     add("--data", required=True, help="a folder of images, or a name as for train.py")
     add("--pixels", type=Path, default="runs/pixels/model.pt", help="the model of train.py")
-    add("--vae", type=Path, default="runs/latents/training/vae/model.pt")
+    add("--vae", type=Path, default="runs/latents/training/vae/model.pt", help="the VAE")
     add("--out", type=Path, default=Path("runs/latents/unconditional"), help="folder of the run")
-    add("--steps", type=int, default=6000, help="of the U-Net on latents (default: 6000)")
-    add("--batch", type=int, default=16)
-    add("--seed", type=int, default=0)
-    add("--n", type=int, default=1000, help="samples of each (default: 1000)")
+    add("--steps", type=int, default=6000, help="steps of the U-Net on latents (default: 6000)")
+    add("--batch", type=int, default=16, help="images per step (default: 16)")
+    add("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
+    add("--n", type=int, default=1000, help="samples per model (default: 1000)")
     add("--precision", choices=["float32", "bfloat16"], help="(default: the faster one)")
     args = parser.parse_args()
     args.device = pick_device()

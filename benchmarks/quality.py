@@ -1,11 +1,11 @@
-"""How good after the same minutes? `python -m benchmarks.quality --minutes 10` trains, and judges.
+"""How good after the same minutes? `python -m benchmarks.quality --minutes 10` trains and judges.
 
-The recipe is that of diffusers' example for unconditional generation (its README's command): AdamW
+It trains like diffusers' example of unconditional generation (by its README's command): AdamW
 with a learning rate of 1e-4 that rises for 500 steps and falls as a cosine, batches of 16, the
 noise predicted directly, DDPM's linear schedule, an EMA. --network example is that example's U-Net
 (114 million parameters), --network ours diffusers' U-Net of our default's size. The drawn cats, the
-sampler and the judge are those of train.py and evaluate.py. How many steps there are follows
-from timing forward and backward; the minutes that were really spent are printed.
+sampler and the judge are those of train.py and evaluate.py. The time of forward
+and backward sets the number of steps; the minutes really spent are printed.
 """
 
 import argparse
@@ -38,9 +38,9 @@ def example_unet() -> UNet2DModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--minutes", type=float, default=10, help="of training (default: 10)")
     parser.add_argument("--network", choices=["example", "ours"], default="ours")
-    parser.add_argument("--n", type=int, default=256, help="samples")
+    parser.add_argument("--n", type=int, default=256, help="samples (default: 256)")
     args = parser.parse_args()
     tune_malloc()
     torch.manual_seed(0)

@@ -32,8 +32,8 @@ CPU = torch.device("cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--steps", type=int, default=660, help="of each training (default: 660)")
-    add("--n", type=int, default=256, help="samples of each (default: 256)")
+    add("--steps", type=int, default=660, help="steps of each training (default: 660)")
+    add("--n", type=int, default=256, help="samples per model (default: 256)")
     add("--precision", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     tune_malloc()

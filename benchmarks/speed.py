@@ -3,8 +3,8 @@
 By default unet.UNet(), diffusers' UNet2DModel, and lucidrains' Unet if it is installed (pip install
 denoising-diffusion-pytorch). A training step is whole: forward, backward, clipping, optimizer; ours
 with Muon, AdamW and the EMA, the others with AdamW. With --v15 one call of Stable Diffusion's
-U-Net, ours and diffusers'. The networks take turns, so that whatever else the machine does slows
-all of them alike. Memory is that of a process of its own, from before the network is made.
+U-Net, ours and diffusers'. The networks take turns, so that other work on the machine
+slows all of them alike. Memory is measured in a new process, from before the network is made.
 """
 
 import argparse
@@ -66,7 +66,7 @@ LARGE = {"ours": v15_unet, "diffusers": lambda: UNet2DConditionModel(cross_atten
 
 
 def make_step(args: argparse.Namespace, name: str, training: bool) -> Callable[[str], None]:
-    """A step of the network of that name, as a function of the precision."""
+    """A step of the network called `name`, as a function of the precision."""
     device, batch = pick_device(args.device), args.batch
     network = (LARGE if args.v15 else TOY)[name]().to(device)
     x = torch.randn(batch, 4 if args.v15 else 3, args.size, args.size)
@@ -109,7 +109,7 @@ def peak_memory(args: argparse.Namespace, name: str, training: bool) -> float:
 def memory_used() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    if sys.platform == "linux":  # its getrusage begins with what the parent process had
+    if sys.platform == "linux":  # its getrusage starts from the parent process's peak
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
@@ -120,10 +120,10 @@ def main() -> None:
     add("--v15", action="store_true", help="Stable Diffusion's U-Net, one call")
     add("--batch", type=int, help="(default: 16; --v15: 1)")
     add("--size", type=int, default=32, help="pixels, or latents (default: 32)")
-    add("--rounds", type=int, default=8)
+    add("--rounds", type=int, default=8, help="timed steps of each network (default: 8)")
     add("--precision", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     add("--compile", action="store_true", help="ours with torch.compile, which takes minutes")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
     args.batch = args.batch or (1 if args.v15 else 16)
     tune_malloc()

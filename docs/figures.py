@@ -1,7 +1,7 @@
 """The figures that explain: `python -m docs.figures [NAME ...]` draws all or some of them.
 
-They are drawn by the repository's own functions and ready models, into docs/figures/.
-Each fits a page 900 pixels wide, and is saved with one and a half times as many.
+The repository's own functions and pretrained models draw them, into docs/figures/.
+Each fits a page 900 pixels wide, and is saved at one and a half times that width.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def write(axes: plt.Axes, x: float, y: float, text: str, ha="center", va="center
 
 
 def box(axes: plt.Axes, x: float, y: float, w: float, h: float, text="", colour=GREY) -> None:
-    """A box with text, whose centre is (x, y)."""
+    """A box with text, centred at (x, y)."""
     style = {"boxstyle": "round,pad=0,rounding_size=0.08", "ec": colour, "fc": FILL[colour]}
     axes.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, **style))
     write(axes, x, y, text)
@@ -115,7 +115,7 @@ def dot(axes: plt.Axes, x: float, y: float, text: str) -> None:
 
 
 def thumbnail(axes: plt.Axes, image: Tensor, x: float, y: float, side: float, text="") -> None:
-    """An image (C, H, W), or latents, whose centre is (x, y), with text below."""
+    """An image (C, H, W), or latents, centred at (x, y), with text below."""
     if len(image) == 4:
         image = (image[:3] / 2.5).clamp(-1, 1)  # three of the channels as red, green and blue
     extent = (x - side / 2, x + side / 2, y - side / 2, y + side / 2)
@@ -123,8 +123,8 @@ def thumbnail(axes: plt.Axes, image: Tensor, x: float, y: float, side: float, te
     write(axes, x, y - side / 2 - 0.1, text, va="top")
 
 
-def ready_cats():
-    """predict_noise of the ready model `cats`, and its schedule."""
+def pretrained_cats():
+    """predict_noise of the pretrained model `cats`, and its schedule."""
     network, schedule, config = load_model("cats")
     return predict_noise_of(network, schedule, config), schedule
 
@@ -136,7 +136,7 @@ def noised(x0: Tensor, t: int, schedule: NoiseSchedule) -> Tensor:
 
 def follow(seeds, steps: int = 40) -> tuple[list[Tensor], list[Tensor]]:
     """Cats of these seeds: x before the first step and after each, and each estimate of x0."""
-    predict_noise, schedule = ready_cats()
+    predict_noise, schedule = pretrained_cats()
     generator = generators(seeds)
     xs, estimates = [randn_like(torch.empty(len(seeds), 3, 32, 32), generator)], []
 
@@ -249,8 +249,8 @@ def unet() -> plt.Figure:
 
 
 def loss() -> plt.Figure:
-    """The error by time step: of the noise, which is trained, and of the image that it implies."""
-    predict_noise, schedule = ready_cats()
+    """The error by time step: of the noise, as trained, and of the image that this implies."""
+    predict_noise, schedule = pretrained_cats()
     held_out = load_data("cats", held_out=True).images
     network = loss_by_level(predict_noise, from_uint8(held_out[:256]), schedule, levels=26)
     t = torch.tensor(list(network)[:-1])  # at the last one there is no image left
@@ -261,7 +261,7 @@ def loss() -> plt.Figure:
             LinearDenoiser(load_data("cats").images).errors(held_out, alpha_bar),
             ORANGE,
         ),
-        "the ready model cats": (torch.tensor([network[i] for i in t.tolist()]), BLUE),
+        "the pretrained model cats": (torch.tensor([network[i] for i in t.tolist()]), BLUE),
     }
     figure, (left, right) = panels(2, 3.4)
     for name, (loss, colour) in losses.items():
@@ -276,8 +276,8 @@ def loss() -> plt.Figure:
 
 
 def many_answers() -> plt.Figure:
-    """Cats that one noised image may come from, their mean, and what the network answers."""
-    predict_noise, schedule = ready_cats()
+    """Cats that one noised image may come from, their mean, and the network's answer."""
+    predict_noise, schedule = pretrained_cats()
     x0 = from_uint8(load_data("cats").images)
     generator, rows, times = torch.Generator().manual_seed(0), [], (980, 940, 850)
     for t in times:

@@ -1,7 +1,7 @@
-"""Exercises: `python -m docs.homework FOLDER` copies the repository, with ten bodies left blank.
+"""Exercises: `python -m docs.homework FOLDER` copies the repository, with ten functions left blank.
 
-Fill them in, and repeat the command: it runs the test of each and says how far you are.
-With --hunt N the copy is complete, but has bug N of docs/lab.md in it: find it.
+Fill them in, and repeat the command: it runs their tests and says how far you are.
+With --hunt N the copy is complete, but has bug N of docs/lab.md: find it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from docs.lab import BUGS, ROOT
 from toolbox.files import UserError, check_number, user_errors
 
-# What is left blank, and a test that it must then pass: tests/test_FILE.py::test_NAME.
+# A function to fill in, and a test that it must then pass: tests/test_FILE.py::test_NAME.
 TABLE = """
 processes.py:NoiseSchedule.sigmoid   processes::schedules_equal_diffusers_and_their_papers
 processes.py:add_noise               math::add_noise_is_what_many_small_steps_do
@@ -36,8 +36,8 @@ LEFT_OUT = (".*", "runs", "data", "node_modules", "__pycache__", "*.png", "*.gif
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the copy is made, or is")
-    parser.add_argument("--hunt", type=int, metavar="N", help=f"one bug, 1 to {len(BUGS)}")
+    parser.add_argument("folder", type=Path, help="where to make the copy, or where it is")
+    parser.add_argument("--hunt", type=int, metavar="N", help=f"hide bug N, 1 to {len(BUGS)}")
     args = parser.parse_args()
     if args.folder.exists():
         report(args.folder)
@@ -65,7 +65,7 @@ def files() -> list[str]:
 
 
 def blank(folder: Path, task: str) -> None:
-    """Take the body out of a function, but for its docstring; of `sample` only four lines."""
+    """Take out a function's body, but keep its docstring; take only four lines out of `sample`."""
     file, name = task.split(":")
     source = (folder / file).read_text("utf-8")
     body = ast.parse(source).body
@@ -82,7 +82,7 @@ def blank(folder: Path, task: str) -> None:
 
 
 def report(folder: Path) -> None:
-    """Which of the tasks pass their test, in the copy?"""
+    """Print which tasks of the copy pass their tests."""
     if not (folder / "docs/homework.py").exists():
         raise UserError(f"{folder}: expected a copy that this program made, or a new name")
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--no-header"]

@@ -1,4 +1,4 @@
-"""The experiments of docs/lab.md: `python -m docs.lab 1` trains the first one, draws lab-1.png.
+"""The experiments of docs/lab.md: `python -m docs.lab 1` trains the first and draws lab-1.png.
 
 Cats of 16x16 pixels, a small U-Net, one core. Several experiments in one command share trainings:
 `python -m docs.lab 5 6 7 8`. The images are written to runs/lab/.
@@ -50,7 +50,7 @@ from unet import UNet
 ROOT = Path(__file__).parent.parent
 OUT = Path("runs/lab")
 TRAINING_STEPS, BATCH = 400, 32
-CALLS = 40  # of the network, for each sample
+CALLS = 40  # network calls per sample
 COSINE, LINEAR = NoiseSchedule.cosine(), NoiseSchedule.linear()
 COLUMNS = 10  # images in a row
 NOISE = randn_like(torch.empty(COLUMNS, 3, 16, 16), generators(range(COLUMNS)))
@@ -72,7 +72,7 @@ def train(
     levels = {"channels": (32, 64, 64), "attention_levels": (False, False, True)}
     network = UNet(**levels, groups=groups)
     ema = copy.deepcopy(network).requires_grad_(False)
-    optimizers = make_optimizers(network)  # the learning rate stays: experiment 8
+    optimizers = make_optimizers(network)  # a constant learning rate: see experiment 8
     recent = []
     for step in (bar := tqdm(range(1, TRAINING_STEPS + 1), desc=loss.__name__)):
         x0 = images()[torch.randint(len(images()), (BATCH,))]
@@ -88,7 +88,7 @@ def train(
 
 
 def print_tints(rows: Rows) -> Rows:
-    """The rows as they are; prints how far their mean colour is from that of the data."""
+    """Print how far each row's mean colour is from the data's; return the rows unchanged."""
     for name, row in rows.items():
         tint = row.clamp(-1, 1).mean((0, 2, 3)) - cats().mean((0, 2, 3))
         print(f"{name:{24}} red {tint[0]:+.2f}, green {tint[1]:+.2f}, blue {tint[2]:+.2f}")
@@ -105,7 +105,7 @@ def one_leap(network, x0):
 
 def no_time(x: Tensor) -> Tensor:
     """The U-Net expects a time step; this one says nothing."""
-    return torch.zeros(len(x))
+    return torch.zeros(len(x))  # t = 0 for every image
 
 
 def experiment_1() -> Rows:
@@ -143,13 +143,13 @@ def experiment_2() -> Rows:
 def x0_from_mixture_and_s(network, x0):
     s = torch.rand(len(x0), 1, 1, 1)
     x = (1 - s) * x0 + s * torch.randn_like(x0)
-    return F.mse_loss(network(x, 1000 * s.flatten()), x0)
+    return F.mse_loss(network(x, 1000 * s.flatten()), x0)  # scaled like t
 
 
 def small_steps(network, x, steps, with_s):
     for left in range(steps, 0, -1):
         s = torch.full((len(x),), left / steps)  # 1 is pure noise, 0 an image
-        x0 = network(x, 1000 * s if with_s else no_time(x))
+        x0 = network(x, 1000 * s if with_s else no_time(x))  # scaled like t
         x = x + (x0 - x) / left  # the last time, all of the way
     return x
 
@@ -175,7 +175,7 @@ def experiment_4() -> Rows:
         rows[f"{schedule.name} schedule"] = add_noise(x0, t, schedule, NOISE)[0]
     for name, row in rows.items():
         print(f"{name:16} standard deviation", " ".join(f"{x.std():.2f}" for x in row))
-    return {name: row / 2 for name, row in rows.items()}  # or what is beyond -1 .. 1 would be cut
+    return {name: row / 2 for name, row in rows.items()}  # or values beyond -1 .. 1 would be cut
 
 
 # ---- 5: ask for the noise ------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def experiment_5() -> Rows:
 
 
 def draw_cats(predict_noise, eta=1.0, steps=None, sample=sample) -> Tensor:
-    """Ten cats from the ten pieces of noise that every experiment begins with."""
+    """Ten cats from the ten noise images that every experiment starts with."""
     generator = torch.Generator().manual_seed(100)
     options = {"clip_x0": True, "generator": generator}
     return sample(predict_noise, NOISE, COSINE, steps or CALLS, eta, **options)
@@ -244,7 +244,7 @@ def experiment_8() -> Rows:
 
 # ---- broken on purpose ---------------------------------------------------------------------------
 
-BUGS = {  # name: (file, what stands there, what stands there instead, the tests that fail then)
+BUGS = {  # name: (file, the right code, the wrong code, the tests that then fail)
     "stops one step early": (
         "processes.py",
         "for i in range(steps, -1, -1)",
@@ -353,14 +353,14 @@ def experiment_bugs() -> Rows:
 
 
 def experiment_own() -> Rows:
-    """50 images of one cat no model has seen: an orange tabby, its colour channels exchanged."""
+    """50 images of a cat that no model has seen: an orange tabby, its colour channels swapped."""
     images = draw(50, 32, seed=1, fur="orange", pattern="tabby", eyes="green")[0][:, [1, 2, 0]]
     for i, image in enumerate(images):
         save_image(to_image(image), OUT / f"own/{i:02}.png")
     return {f"{i} to {i + COLUMNS - 1}": images[i : i + COLUMNS] for i in range(0, 50, COLUMNS)}
 
 
-# ---- the ready model, measured -------------------------------------------------------------------
+# ---- the pretrained model, measured --------------------------------------------------------------
 
 CALLS_TRIED = (4, 6, 10, 20, 40)
 SAMPLES = 256
@@ -368,7 +368,7 @@ SAMPLES = 256
 
 @torch.no_grad()
 def experiment_loss() -> None:
-    """Where the loss comes from: by time step, of the ready model and the best linear denoiser."""
+    """Where the loss comes from, by time step: of the model `cats` and the best linear denoiser."""
     network, schedule, config = load_model("cats")
     predict_noise = predict_noise_of(network, schedule, config)
     data, held_out = (load_data("cats", held_out=part) for part in (False, True))
@@ -432,7 +432,7 @@ def experiment_steps() -> plt.Figure:
 
 
 def labelled(rows: Rows) -> Image.Image:
-    """One image of all rows, with the name of each one to its left."""
+    """One image of all rows, with each row's name to its left."""
     images = grid(torch.cat([*rows.values()]), COLUMNS)
     canvas = Image.new("RGB", (LABELS + images.width, images.height), "white")
     canvas.paste(images, (LABELS, 0))

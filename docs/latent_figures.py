@@ -1,7 +1,7 @@
 """The figures of the second evening's README: `python -m docs.latent_figures` draws them.
 
-With any model of drawn cats. similarity.png is of `latent_ext.train clip`; digits.png and
-objects.png are of the README's commands.
+Any model of drawn cats will do. `latent_ext.train clip` draws similarity.png, and the README's
+command draws digits.png.
 """
 
 import argparse
@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", help="as for latent_ext.generate")
-    add("--out", type=Path, default=Path("latent_ext/pictures"), help="folder (default: README's)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--out", type=Path, default=Path("latent_ext/pictures"), help="folder to write into")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
     pipeline = load_pipeline(args.model or default_model(), pick_device(args.device))
     data = load_data("cats", pipeline.size, held_out=True)
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def options(n: int, guidance_scale: float = 3.0) -> dict:
-    """How to draw n images, of the seeds 0, 1, ..."""
+    """How to draw n images, with the seeds 0, 1, ..."""
     return {"generator": generators(range(n)), "guidance_scale": guidance_scale, "eta": 1.0}
 
 
@@ -98,10 +98,10 @@ def show_latents(pipeline: Pipeline, x0: Tensor, path: Path) -> None:
 
 @torch.no_grad()
 def show_attention(pipeline: Pipeline, prompt: str, shown: Sequence[str], path: Path) -> None:
-    """Where the pixels look at each of the words `shown`, compared with all words of the prompt.
+    """Where the pixels attend to each word of `shown`, compared with all words of the prompt.
 
     Cross-attention of the last block, which has the highest resolution, averaged over time steps.
-    Its heads differ: each word is shown in the head in which its map varies most.
+    Its heads differ: each word is shown by the head whose map varies most.
     """
     maps = []
 

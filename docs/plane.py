@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from latent_ext.guidance import guided
 from processes import NoiseSchedule, add_noise, noise_from_v, noise_from_velocity, sample
 
-BOTH = 2  # the label that says nothing; 0 is the upper moon, 1 the lower
+BOTH = 2  # the empty label; 0 is the upper moon, 1 the lower
 
 
 def two_moons(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ class MLP(nn.Module):
 
 
 def train(schedule: NoiseSchedule, wrap=noise_from_v, steps: int = 3000, seed: int = 0):
-    """predict_noise(x_t, t, label), trained on the plain loss; one label in ten is withheld."""
+    """predict_noise(x_t, t, label), trained with the plain loss; one label in ten is withheld."""
     torch.manual_seed(seed)
     predict_noise = wrap(network := MLP(), schedule)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
@@ -63,7 +63,7 @@ def train(schedule: NoiseSchedule, wrap=noise_from_v, steps: int = 3000, seed: i
 
 
 def paths(predict_noise, schedule: NoiseSchedule, eta: float, n: int = 40) -> Tensor:
-    """What 40 points go through in 50 steps from noise to data: (51, n, 2)."""
+    """The paths of n points in 50 steps from noise to data: (51, n, 2)."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(n, 2, generator=generator)
     way, label = [x], torch.full((n,), BOTH)

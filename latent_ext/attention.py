@@ -3,8 +3,8 @@
     attention = functools.partial(SpatialTransformer, context_width=768)
     UNet(..., attention_block=attention)(x_t, t, context)
 
-With the core's self-attention every pixel sees every pixel of its image. Here it also sees every
-token of the context, whatever that is: a class, an attribute, the words of a caption.
+With self-attention (unet.py) every pixel sees every pixel of its image. Here it also sees every
+token of the context: a class, an attribute, or the words of a caption.
 """
 
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, eq. 1): a weighted mean of v for each q.
 
-    q (B, N, width), k and v (B, M, width) -> (B, N, width). causal: token n sees 0 .. n only.
+    q (B, N, width), k and v (B, M, width) -> (B, N, width). causal: token n sees only 0 .. n.
     """
     q, k, v = (rearrange(y, "b n (heads d) -> b heads n d", heads=heads) for y in (q, k, v))
     h = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, N, d)
@@ -23,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
 
 
 class Attention(nn.Module):
-    """x (B, N, width) reads from context (B, M, context_width): (B, N, width).
+    """x (B, N, width) reads from context (B, M, context_width) -> (B, N, width).
 
     With x itself as the context this is self-attention.
     """
@@ -47,7 +47,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.fc1 = nn.Linear(width, 8 * width)
+        self.fc1 = nn.Linear(width, 8 * width)  # 4 width for the value, 4 for its gate
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,15 +67,16 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
-        self.attn1 = Attention(channels, channels, heads)
-        self.attn2 = Attention(channels, context_width, heads)
+        self.attn1 = Attention(channels, channels, heads)  # self-attention
+        self.attn2 = Attention(channels, context_width, heads)  # cross-attention
         self.ff = FeedForward(channels)
         self.proj_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)  # at first (almost) x, like the residual blocks
+        nn.init.zeros_(self.proj_out.weight)  # at first the output is (almost) x
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         if context is None:
-            raise ValueError("expected a context (a class, a text): predict_noise(x_t, t, context)")
+            call = "call predict_noise(x_t, t, context)"
+            raise ValueError(f"this U-Net needs a context (a class or a text): {call}")
         h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
         y = self.norm1(h)
         h = h + self.attn1(y, y)

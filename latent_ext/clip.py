@@ -1,7 +1,7 @@
 """CLIP: a text encoder and an image encoder that learn from captioned images to agree.
 
 Radford et al. 2021: the vector of an image points where the vector of its caption points. Stable
-Diffusion needs the text encoder only: its output at each token is the context of the U-Net.
+Diffusion needs only the text encoder: its output at each token is the context of the U-Net.
 """
 
 import json
@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as Rules
+from tokenizers import Tokenizer as Rules  # how the library splits a text; Tokenizer is ours
 from torch import Tensor, nn
 
 from latent_ext.attention import attend
 from toolbox.files import UserError
 
 START, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
-PIECES = (  # CLIP's pattern of a word
+PIECES = (  # CLIP's pattern for splitting a text
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 )
 
@@ -27,15 +27,15 @@ PIECES = (  # CLIP's pattern of a word
 class Tokenizer:
     """Texts -> tokens (B, length) long: words or pieces of words, START ... END, padded with END.
 
-    rules: of the `tokenizers` library. A text of more than length - 2 tokens is cut; `truncated`
-    returns what is lost.
+    rules: how to split a text. A text of more than length - 2 tokens is cut; `truncated` returns
+    what is lost.
     """
 
     def __init__(self, rules: Rules, length: int):
         self.rules, self.length = rules, length
         self.start, self.end = rules.token_to_id(START), rules.token_to_id(END)
         if self.start is None or self.end is None:
-            raise UserError(f"expected a vocabulary with the tokens {START} and {END}")
+            raise UserError(f"the vocabulary lacks {START} or {END}")
         rules.post_processor = processors.TemplateProcessing(
             single=f"{START} $A {END}", special_tokens=[(START, self.start), (END, self.end)]
         )
@@ -44,9 +44,9 @@ class Tokenizer:
 
     @classmethod
     def of_words(cls, captions: Sequence[str], length: int | None = None) -> "Tokenizer":
-        """Each word of the captions is a token, all others are UNKNOWN.
+        """Each word of the captions becomes a token; all other words are UNKNOWN.
 
-        length: by default the longest caption fits, but 20 at least and CLIP's 77 at most.
+        length: by default the longest caption fits; it is at least 20 and at most 77 (CLIP's).
         """
         rules = Rules(models.WordLevel(unk_token=UNKNOWN))
         rules.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -59,9 +59,9 @@ class Tokenizer:
 
     @classmethod
     def of_clip(cls, merges: Sequence[str], vocabulary: dict[str, int], length: int) -> "Tokenizer":
-        """CLIP's: byte-pair encoding. A line of merges ("th e</w>") joins two tokens into one.
+        """CLIP's byte-pair encoding. Each line of merges ("th e</w>") joins two tokens into one.
 
-        </w> ends a word. Where the vocabulary is empty, tokens are numbered in CLIP's order.
+        </w> ends a word. If the vocabulary is empty, tokens are numbered in CLIP's order.
         """
         if not vocabulary:
             alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
@@ -81,12 +81,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, length: int) -> "Tokenizer":
-        """From a tokenizer.json; or from CLIP's merges.txt, with or without its vocab.json."""
+        """Read a tokenizer.json, or CLIP's merges.txt with or without its vocab.json."""
         path, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
         try:
             if path.exists():
                 rules = Rules.from_file(str(path))
-                rules.encode("?")  # fails where unknown words have no token
+                rules.encode("?")  # fails if unknown words have no token
                 return cls(rules, length)
             path = folder / "merges.txt"
             tokens = json.loads(vocabulary.read_text("utf-8")) if vocabulary.exists() else {}
@@ -94,8 +94,8 @@ class Tokenizer:
             return cls.of_clip([line for line in merges if line], tokens, length)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(
-                f"{path}: expected a tokenizer.json, or CLIP's merges.txt, which is in the folder "
-                f"`tokenizer` of any Stable Diffusion v1.x of diffusers ({error})"
+                f"{path}: not a tokenizer of CLIP or of this repository ({error}); the folder "
+                "`tokenizer` of any Stable Diffusion v1.x of diffusers has CLIP's merges.txt"
             ) from error
 
     @property
@@ -108,11 +108,11 @@ class Tokenizer:
 
     def truncated(self, text: str) -> str:
         """The end of a text that is too long: what `__call__` cuts off."""
-        rest = self.rules.encode(text).overflowing  # in pieces that begin with START, too
+        rest = self.rules.encode(text).overflowing  # each piece begins with START, too
         return text[rest[0].offsets[1][0] :] if rest else ""
 
     def unknown(self, text: str) -> list[str]:
-        """The words of a text that this vocabulary lacks, as far as the text is not cut."""
+        """The words that this vocabulary lacks, in the part of the text that is not cut."""
         encoding = self.rules.encode(text)
         tokens = zip(encoding.tokens, encoding.offsets, strict=True)
         return [text[begin:end] for token, (begin, end) in tokens if token == UNKNOWN]
@@ -134,15 +134,15 @@ class Layer(nn.Module):
         y = self.norm1(x)
         x = x + self.out(attend(self.q(y), self.k(y), self.v(y), self.heads, causal))
         y = self.fc1(self.norm2(x))
-        return x + self.fc2(y * torch.sigmoid(1.702 * y))  # "quick GELU", as CLIP was trained
+        return x + self.fc2(y * torch.sigmoid(1.702 * y))  # CLIP's "quick GELU"
 
 
 class TextEncoder(nn.Module):
-    """tokens (B, length) long -> (B, length, width): what each token means after those before it.
+    """tokens (B, length) long -> (B, length, width): what each token means, given those before it.
 
-    Causal, as CLIP was trained, though no text is generated here: the END token sees the whole text
-    in any case. Padding is not masked: the weights of CLIP and Stable Diffusion expect that.
-    hidden: width inside of the feed-forward networks, by default 4 times that of the tokens.
+    Causal (a token sees only those before it), as in CLIP. The END token still sees the whole text.
+    Padding is not masked: the weights of CLIP and Stable Diffusion expect that.
+    hidden: the width inside the feed-forward networks, by default 4 times that of the tokens.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class TextEncoder(nn.Module):
 class ImageEncoder(nn.Module):
     """Images (B, channels, size, size) -> (B, width): a vision transformer.
 
-    Its tokens are patches of patch x patch pixels, and one more, which collects the answer.
+    Its tokens are patches of patch x patch pixels, and a class token, which collects the result.
     """
 
     def __init__(self, channels: int, size: int, patch: int, width: int, layers: int, heads: int):
@@ -190,7 +190,7 @@ class ImageEncoder(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Images (B, C, H, W), tokens (B, length) of as many texts -> logits (B, B): what fits what.
+    """Images (B, C, H, W), tokens (B, length) of B texts -> logits (B, B): how well they fit.
 
     end: the END token's number. At its first position the text encoder has seen the whole text.
     """
@@ -201,16 +201,16 @@ class CLIP(nn.Module):
         width = text.config["width"]
         self.text_projection = nn.Linear(width, width, bias=False)
         self.image_projection = nn.Linear(image.class_token.shape[2], width, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # log(1 / temperature)
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())  # log of the factor, 14.3
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(B, length) -> (B, width), of length 1."""
-        ends = (tokens == self.end).int().argmax(dim=1)  # the first one of each text
+        """Tokens (B, length) -> unit vectors (B, width)."""
+        ends = (tokens == self.end).int().argmax(dim=1)  # the first END of each text
         x = self.text(tokens)[torch.arange(len(tokens)), ends]
         return F.normalize(self.text_projection(x), dim=1)
 
     def encode_image(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, width), of length 1."""
+        """(B, C, H, W) -> unit vectors (B, width)."""
         return F.normalize(self.image_projection(self.image(x)), dim=1)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -223,8 +223,8 @@ class CLIP(nn.Module):
 def contrastive_loss(logits: Tensor, captions: Tensor) -> Tensor:
     """Each image must find its caption in the batch, and each caption its image. math.md (17)
 
-    logits (B, B), one row per image; captions (B,): equal numbers for equal captions, which are
-    equally right.
+    logits (B, B), one row per image. captions (B,): equal captions have equal numbers, and count
+    as equally right.
     """
     same = (captions[:, None] == captions[None, :]).float()
     target = same / same.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What the trainings of the second evening do to data before they begin."""
+"""What the trainings of the second evening do with the data before they begin."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,14 @@ from tqdm import tqdm
 from latent_ext.vae import VAE
 from toolbox.data import Data, from_uint8
 
-VARIANTS = 8  # of a caption
+VARIANTS = 8  # of each caption
 
 
 def held_out_combination(labels: Tensor) -> Tensor:
-    """(N, questions) -> (N,): one in seven combinations of the drawn cats' attributes.
+    """(N, attributes) -> (N,) bool: one in seven combinations of the drawn cats' attributes.
 
-    No training sees them, so that one can ask for the unseen; it sees each attribute, and each two.
+    No training sees these combinations, so a prompt can ask for something new. Training does see
+    every value and every pair of values.
     """
     return labels.sum(dim=1) % 8 == 4
 
@@ -28,22 +29,22 @@ def select(data: Data, mask: Tensor) -> Data:
 
 
 def preview_indices(data: "Data | Latents") -> Tensor:
-    """Of 36 images, evenly spaced, because a folder of classes is sorted."""
+    """Indices of 36 evenly spaced images (a folder of classes is sorted)."""
     n = len(data.images)
     return torch.linspace(0, n - 1, min(36, n)).long()
 
 
 def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
-    """The different captions, and for each of the given ones its index among them, (N,)."""
+    """The distinct captions, and the index of each image's caption, (N,)."""
     index = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
     return list(index), torch.tensor([index[caption] for caption in captions])
 
 
 def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
-    """All captions that the U-Net is trained with, "" first, and the indices of each image's.
+    """The captions that the U-Net is trained with, "" first; each image's indices (N, VARIANTS).
 
-    Of its (N, VARIANTS) at least half are the whole caption. The others leave out some of the first
-    two clauses ("with ...", "on ..."): whoever asks for "an orange cat" may get any background.
+    At least half of an image's variants are its whole caption. The others leave out some of the
+    first two clauses ("with ...", "on ..."), so "an orange cat" may get any background.
     """
     texts, rows = {"": 0}, {}
     for caption in dict.fromkeys(captions):
@@ -60,14 +61,14 @@ def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
 
 @dataclass(frozen=True)
 class Latents:
-    """What a VAE makes of Data, for a Run: float, and scaled to a standard deviation of 1."""
+    """The latents of Data, for a Run: float32, scaled to a standard deviation of 1."""
 
     name: str
     images: Tensor  # (N, c, h, w)
-    flipped: Tensor  # the same, of the flipped images; these are not flipped latents
+    flipped: Tensor  # latents of the flipped images, which are not the flipped latents
     scaling_factor: float
     hflip: bool
-    checksum: str  # of Data: latents differ a little from one machine to the next
+    checksum: str  # of Data: latents differ a little between machines
 
     def batch(self, indices: Tensor, flipped: Tensor) -> Tensor:
         flipped = flipped[:, None, None, None]
@@ -78,7 +79,7 @@ class Latents:
 def encode_data(vae: VAE, data: Data) -> Latents:
     """Encode each image once, so that the U-Net's training need not.
 
-    The mean of its latents: their standard deviation is far below what the decoder notices.
+    It keeps the mean of the latents: the decoder would not notice their standard deviation.
     """
     device = next(vae.parameters()).device
     means: dict[bool, list[Tensor]] = {False: [], True: []}

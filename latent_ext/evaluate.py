@@ -1,4 +1,4 @@
-"""Does it draw what one asks for? `python -m latent_ext.evaluate`: a classifier reads the images.
+"""Does it draw what a prompt says? `python -m latent_ext.evaluate`: a classifier reads the images.
 
 Half of the prompts for drawn cats ask for combinations of attributes that no training has seen.
 Each guidance scale draws the same prompts from the same noise.
@@ -30,22 +30,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", help="as for latent_ext.generate")
-    add("--data", default="cats", help="what it was trained on, with classes (default: cats)")
-    add("--n", type=int, default=200, help="prompts (default: 200)")
-    add("--steps", type=int, default=50, help="network calls for each image (default: 50)")
+    add("--data", default="cats", help="the model's training data; needs classes (default: cats)")
+    add("--n", type=int, default=200, help="how many prompts (default: 200)")
+    add("--steps", type=int, default=50, help="network calls per image (default: 50)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
-    add("--guidance", type=float, nargs="+", default=GUIDANCE, help="(default: 1 2 3 5 7.5)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--guidance", type=float, nargs="+", default=GUIDANCE, help="scales (default: 1 2 3 5 7.5)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
     check_number("--n", args.n, 4)  # as in evaluate.py
     check_number("--eta", args.eta, 0, 1)
     for scale in args.guidance:
         check_number("--guidance", scale, 0, 100)
     pipeline = load_pipeline(args.model or default_model(), pick_device(args.device))
-    pipeline.timesteps(args.steps)  # are there so many?
+    pipeline.timesteps(args.steps)  # refuses too many
     held_out = load_data(args.data, pipeline.size, held_out=True)
     if not held_out.classes:
-        raise UserError(f"--data {args.data}: expected classes, to compare what was drawn with")
+        raise UserError(f"--data {args.data}: this data has no classes to compare the images with")
     data = load_data(args.data)  # the classifier sees all images at the data's own size
     classifier = feature_net(data)  # first: it may have to be trained
 
@@ -65,7 +65,7 @@ def main() -> None:
     for scale in args.guidance:
         options = {"steps": args.steps, "eta": args.eta, "guidance_scale": scale}
         images = draw(pipeline, prompts, **options)
-        right = read_labels(classifier, images, data.size) == labels  # (n, questions)
+        right = read_labels(classifier, images, data.size) == labels  # (n, attributes)
         for name, group in groups.items():
             each, whole = (100 * x[group].float().mean() for x in (right, right.all(1)))
             print(f"{scale:<12}{name:12}{each:16.1f} %{whole:22.1f} %", flush=True)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], Tensor, Tensor]:
-    """Prompts for what n held-out images show, their labels (n, questions), and which are unseen.
+    """Prompts for what n held-out images show, their labels (n, attributes), and which are unseen.
 
     by_class: "orange fur, plain pattern" rather than a caption.
     """
@@ -84,8 +84,8 @@ def choose_prompts(held_out: Data, n: int, by_class: bool) -> tuple[list[str], T
     picked = torch.cat(picked)[:, 0]
     prompts, labels = [], held_out.labels[picked]
     for i, row in zip(picked.tolist(), labels.tolist(), strict=True):
-        answers = zip(row, held_out.classes.items(), strict=True)
-        named = [f"{names[k]} {question}" for k, (question, names) in answers]
+        chosen = zip(row, held_out.classes.items(), strict=True)
+        named = [f"{values[k]} {attribute}" for k, (attribute, values) in chosen]
         prompts.append(", ".join(named) if by_class else held_out.captions[i])
     return prompts, labels, unseen[picked]
 
@@ -102,7 +102,7 @@ def draw(pipeline: Pipeline, prompts: list[str], **options: object) -> Tensor:
 
 @torch.no_grad()
 def read_labels(classifier: FeatureNet, images: Tensor, size: int) -> Tensor:
-    """What the classifier reads in images, uint8 (N, C, H, W), at its own size: (N, questions)."""
+    """The labels (N, attributes) that the classifier reads, at its own size, in uint8 images."""
     images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
     logits = classifier.answers(classifier.extract_features(images))
     return torch.stack([x.argmax(1) for name, x in logits.items() if name != "corruption"], dim=1)

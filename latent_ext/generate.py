@@ -1,7 +1,7 @@
 """Draw what a text says: `python -m latent_ext.generate "an orange cat with green eyes"`.
 
 MODEL is a folder in diffusers' layout, Stable Diffusion's single file, a model.pt of
-`latent_ext.train classes`, or the name of a ready model.
+`latent_ext.train classes`, or the name of a pretrained model.
 """
 
 import argparse
@@ -24,29 +24,29 @@ from toolbox.models import find_model, load_model
 from toolbox.seeds import generators
 
 OWN_MODEL = Path("runs/cats-latent")  # of `python -m latent_ext.train all`
-BATCH_PIXELS = 2**18  # go through the networks together: one image of 512x512, or 64 of 64x64
+BATCH_PIXELS = 2**18  # in one network call: one image of 512x512, or 64 of 64x64
 GRID = 1024  # images that fit into one grid
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="what to draw; several: one row for each")
-    add("--model", help=f"path or ready name (default: {OWN_MODEL}, else latent-cats)")
-    add("--n", type=int, default=4, help="images of each prompt (default: 4)")
-    add("--guidance", type=float, help="weight of the prompt (default: 3, Stable Diffusion 7.5)")
+    add("prompts", nargs="+", metavar="PROMPT", help="what to draw; each prompt gets a row")
+    add("--model", help=f"path, or a pretrained model (default: {OWN_MODEL}, else latent-cats)")
+    add("--n", type=int, default=4, help="images per prompt (default: 4)")
+    add("--guidance", type=float, help="guidance scale (default: 3; Stable Diffusion 7.5)")
     add("--negative", default="", metavar="TEXT", help="what the images must not show")
-    add("--size", type=int, help="pixels (default: as the model was trained)")
-    add("--steps", type=int, default=50, help="network calls for each image (default: 50)")
-    add("--eta", type=float, help="fresh noise: 1 DDPM, 0 DDIM (default: 1, Stable Diffusion 0)")
+    add("--size", type=int, help="width and height in pixels (default: as in training)")
+    add("--steps", type=int, default=50, help="network calls per image (default: 50)")
+    add("--eta", type=float, help="fresh noise: 1 DDPM, 0 DDIM (default: 1; Stable Diffusion 0)")
     add("--init-image", type=Path, metavar="FILE", help="start from this image")
-    add("--strength", type=float, help="how much of it to redraw (default: 0.75, with --mask 1)")
+    add("--strength", type=float, help="how much to redraw, 0 to 1 (default: 0.75; 1 with --mask)")
     add("--mask", type=Path, metavar="FILE", help="redraw only where this image is white")
-    add("--seed", type=int, default=0, help="image i of a prompt has the seed SEED + i")
+    add("--seed", type=int, default=0, help="image i of a prompt has seed SEED + i (default: 0)")
     out = Path("samples.png")
-    add("--out", type=Path, default=out, help=f"a .png: one grid of all (default: {out})")
-    add("--gif", type=Path, metavar="FILE", help="also write how the grid comes out of the noise")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--out", type=Path, default=out, help=f".png file for the grid (default: {out})")
+    add("--gif", type=Path, metavar="FILE", help="also write a GIF (decodes every step: slow)")
+    add("--device", help="cpu, cuda or mps (default: the fastest available)")
     return parser
 
 
@@ -60,7 +60,7 @@ def main() -> None:
         check_writable(args.gif, ".gif")
     for flag, value in (("--mask", args.mask), ("--strength", args.strength)):
         if value is not None and not args.init_image:
-            raise UserError(f"{flag} {value}: expected an --init-image to change, too")
+            raise UserError(f"{flag} {value} needs an --init-image")
 
     device, model = pick_device(args.device), args.model or default_model()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -76,7 +76,7 @@ def main() -> None:
     if args.size % pipeline.downsampling:
         raise UserError(f"--size {args.size}: expected a multiple of {pipeline.downsampling}")
     if pipeline.for_inpainting and not args.mask:
-        raise UserError(f"--model {model}: it inpaints; add an --init-image and a --mask")
+        raise UserError(f"--model {model} is an inpainting model: add --init-image and --mask")
     timesteps = pipeline.timesteps(args.steps, args.strength)
     check_prompts(pipeline, [*args.prompts, args.negative])
 
@@ -124,7 +124,7 @@ def default_model() -> str | Path:
 def load_pipeline(
     model: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Pipeline:
-    """A model of any kind, by its path or ready name. dtype: of Stable Diffusion's networks."""
+    """A model of any kind, by its path or pretrained name. dtype: for Stable Diffusion only."""
     path = find_model(model)
     if path.suffix == ".pt":
         return ClassPipeline(*load_model(path, device, ClassUNet))
@@ -132,14 +132,14 @@ def load_pipeline(
 
 
 def check_prompts(pipeline: Pipeline, prompts: list[str]) -> None:
-    """Warn of what the model will not read. A class that it does not have is an error."""
+    """Warn about words that the model will not read. A class-conditional model refuses them."""
     pipeline.encode_prompts(prompts)
     for text in dict.fromkeys(prompts if pipeline.tokenizer else []):
         shown = repr(shorten(text, 60))
         if lost := pipeline.tokenizer.truncated(text):
             print(f"warning: {shown} is too long for this model: {shorten(lost, 60)!r} is cut off")
-        if unknown := pipeline.tokenizer.unknown(text):
-            print(f"warning: {shown}: this model does not know {shorten(', '.join(unknown), 60)}")
+        if unknown := shorten(", ".join(pipeline.tokenizer.unknown(text)), 60):
+            print(f"warning: {shown} has words this model does not know: {unknown}")
 
 
 def check_same_shape(image: Path, mask: Path) -> None:
@@ -147,7 +147,7 @@ def check_same_shape(image: Path, mask: Path) -> None:
     (width, height), (mask_width, mask_height) = shapes
     if width * mask_height != height * mask_width:
         raise UserError(
-            f"--mask {mask}: expected the shape of {image}, {width}x{height} pixels, "
+            f"--mask {mask}: expected the aspect ratio of {image}, {width}x{height} pixels, "
             f"got {mask_width}x{mask_height}"
         )
 

@@ -1,11 +1,11 @@
-"""Stable Diffusion, put together: a text encoder, a U-Net in latents, a VAE, and the core's loop.
+"""Stable Diffusion, put together: a text encoder, a U-Net for latents, a VAE, and `sample`.
 
     text_to_image                        noise    ->  sample              ->  decode
     inpaint          encode  ->  z0 with noise    ->  sample, keeping z0  ->  decode
     image_to_image   the same, keeping nothing
 
-Each makes one image per prompt. Images are (B, C, H, W) in [-1, 1]. z is latents as the U-Net has
-them, (B, c, h, w) with h = H / downsampling; z0 is clean.
+Each makes one image per prompt. Images are (B, C, H, W) in [-1, 1]. z is the U-Net's latents,
+(B, c, h, w) with h = H / downsampling; z0 has no noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,9 +43,9 @@ class Pipeline:
     text_encoder: TextEncoder | nn.Module
     tokenizer: Tokenizer | None
     schedule: NoiseSchedule
-    size: int = 512  # pixels of its training images
-    prediction: str = "epsilon"  # the U-Net's output: the noise, or "v_prediction"
-    spacing: str = "leading"  # of the time steps: Stable Diffusion's, or "trailing", the core's
+    size: int = 512  # width and height of its training images, in pixels
+    prediction: str = "epsilon"  # diffusers' words: epsilon is the noise; or "v_prediction"
+    spacing: str = "leading"  # diffusers' word for the time steps 981 ... 1; trailing: 999 ... 19
 
     clip_x0 = False  # latents have no known range
 
@@ -59,25 +59,25 @@ class Pipeline:
 
     @property
     def weight(self) -> Tensor:
-        """One of the parameters: all have its device and precision."""
+        """One parameter: all others share its device and precision."""
         return next(self.text_encoder.parameters())
 
     @property
     def for_inpainting(self) -> bool:
-        """Does the U-Net take more channels than z: a mask, and the latents around it?"""
+        """Does the U-Net take, besides z, a mask and the latents around it?"""
         return self.unet.config["in_channels"] > self.unet.config["out_channels"]
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """The context of the U-Net, (B, length, width)."""
+        """Prompts -> the context of the U-Net, (B, length, width)."""
         return self.text_encoder(self.tokenizer(prompts).to(self.weight.device))
 
     def predict_noise(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         if self.prediction == "v_prediction":
-            return noise_from_v(self.network, self.schedule)(z_t, t, context)
-        return self.network(z_t, t, context)
+            return noise_from_v(self.call_unet, self.schedule)(z_t, t, context)
+        return self.call_unet(z_t, t, context)
 
-    def network(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """The U-Net may compute in 16 bits. z_t has 32, and so has all arithmetic of `sample`."""
+    def call_unet(self, z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """The U-Net may compute in 16 bits; z_t and all arithmetic of `sample` have 32."""
         return self.unet(z_t.to(context.dtype), t, context).to(z_t.dtype)
 
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
@@ -91,9 +91,9 @@ class Pipeline:
         return images.to(z0.dtype).clamp(-1, 1)
 
     def timesteps(self, steps: int, strength: float = 1.0) -> list[tuple[int, int]]:
-        """The pairs (t, t_prev) for `sample`: of `steps` pairs the last int(steps * strength)."""
+        """Pairs (t, t_prev) for `sample`: the last int(steps * strength) of `steps` pairs."""
         T, leading = self.schedule.T, self.spacing == "leading"
-        check_number("--steps", steps, 1, T - leading)
+        check_number("--steps", steps, 1, T - leading)  # leading starts at 1: one step less
         check_number("--strength", strength, 0, 1)
         pairs = timestep_pairs(T, steps)
         if leading:  # for 50 of 1000 steps: 981, 961, ..., 21, 1, and finally 0, not -1
@@ -112,7 +112,7 @@ def text_to_image(
     generator: Generators | None = None,
     **options: object,
 ) -> Tensor:
-    """size: of the images in pixels. options: of `denoise`."""
+    """Draw an image per prompt. size: its width and height in pixels. options: for `denoise`."""
     weight, side = pipeline.weight, (size or pipeline.size) // pipeline.downsampling
     shape = len(prompts), pipeline.unet.config["out_channels"], side, side
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -134,16 +134,16 @@ def inpaint(
     on_step: OnStep | None = None,
     **options: object,
 ) -> Tensor:
-    """The images, redrawn where the masks (B, 1, H, W) are 1, white; all other pixels are kept.
+    """Redraw only where masks (B, 1, H, W) are 1 (white). All other pixels are kept.
 
-    strength: how far to redraw. 0 keeps the images, 1 forgets them.
+    strength: how much to redraw. 0 keeps the images, 1 forgets them.
     """
     timesteps, device = pipeline.timesteps(steps, strength), pipeline.weight.device
     images, white = images.to(device), masks.to(device) >= 0.5
     z0 = pipeline.encode(images, generator)
     latent_mask = white[:, :, :: pipeline.downsampling, :: pipeline.downsampling]  # (B, 1, h, w)
     keep = ~latent_mask
-    if pipeline.for_inpainting:  # its U-Net sees the mask and what is around: nothing to put back
+    if pipeline.for_inpainting:  # its U-Net sees mask and surroundings: put nothing back
         around = pipeline.encode(images * ~white, generator)
         unet = concat_channels(pipeline.unet, torch.cat([latent_mask, around], dim=1))
         pipeline, keep = replace(pipeline, unet=unet), torch.zeros_like(keep)
@@ -153,7 +153,7 @@ def inpaint(
         return add_noise(z0, torch.tensor([t], device=device), pipeline.schedule, noise)[0]
 
     def keep_known(z: Tensor, t_prev: int, x0: Tensor) -> Tensor:
-        """Put z0 back, with the noise that the U-Net expects at t_prev; in the end without."""
+        """Put z0 back, with the noise that the U-Net expects at t_prev; at the end, with none."""
         known = z0 if t_prev == timesteps[-1][1] else noised(t_prev)
         z = torch.where(keep, known, z)
         return z if on_step is None else on_step(z, t_prev, x0)
@@ -193,9 +193,9 @@ def denoise(
     on_step: OnStep | None = None,
     predict_noise: Network | None = None,
 ) -> Tensor:
-    """What the three have in common: z (B, c, h, w) -> z0, guided by the prompts.
+    """z (B, c, h, w) -> z0, guided by the prompts: the part that all three tasks share.
 
-    negative: what no image must show. predict_noise(z_t, t, context): in place of the pipeline's.
+    negative: what no image must show. predict_noise(z_t, t, context): replaces the pipeline's.
     """
     context = pipeline.encode_prompts(prompts)  # (B, length, width)
     null_context = pipeline.encode_prompts([negative])  # (1, length, width)
@@ -206,7 +206,7 @@ def denoise(
 
 
 def concat_channels(unet: UNet, extra: Tensor) -> Network:
-    """A U-Net that sees `extra` (B, c, h, w), too, with each of guidance's copies of z_t."""
+    """A U-Net that also sees `extra` (B, c, h, w), next to each copy of z_t from guidance."""
 
     def network(z_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         copies = extra.to(z_t.dtype).repeat(len(z_t) // len(extra), 1, 1, 1)
@@ -216,7 +216,7 @@ def concat_channels(unet: UNet, extra: Tensor) -> Network:
 
 
 class ClassPipeline(Pipeline):
-    """A class-conditional model of pixels: prompts name classes, and z is the image itself."""
+    """A class-conditional model: prompts name values ("green eyes"), and z is the image itself."""
 
     clip_x0 = True  # pixels lie in [-1, 1]
 
@@ -230,7 +230,7 @@ class ClassPipeline(Pipeline):
         return self.text_encoder(labels.to(self.weight.device))
 
     def encode(self, images: Tensor, generator: Generators | None = None) -> Tensor:
-        randn_like(images, generator)  # unused: a seed then draws what it always drew
+        randn_like(images, generator)  # unused: later random numbers stay as they were
         return images
 
     def decode(self, z0: Tensor) -> Tensor:

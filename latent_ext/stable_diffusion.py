@@ -1,11 +1,10 @@
-"""Stable Diffusion v1.x, and this repository's own latent models, from files and to files.
+"""Read and write Stable Diffusion v1.x, and this repository's own latent models.
 
-    pipeline = load("v1-5-pruned-emaonly.safetensors")  # or its .ckpt, or a folder of diffusers
+    pipeline = load("v1-5-pruned-emaonly.safetensors")  # or its .ckpt, or diffusers' folder
     save(pipeline, "folder")  # for StableDiffusionPipeline.from_pretrained
 
-The published weights themselves were never at hand. Names, shapes and numerics are tested with
-random weights, in files laid out like the published ones, against diffusers, transformers, and
-diffusers' own conversion of CompVis' names.
+We never had the published weights. Tests compare names, shapes and numbers with diffusers and
+transformers, using random weights in files laid out like the published ones.
 """
 
 import inspect
@@ -30,8 +29,8 @@ from toolbox.files import UserError, atomic_write, system_errors
 from toolbox.models import verify_checksum
 from unet import UNet
 
-EXPECTED = "expected a Stable Diffusion v1.x (not 2.x or XL), as one file or diffusers' folder"
-V1_5 = json.loads(Path(__file__).with_name("v1_5.json").read_text("utf-8"))  # its JSON files
+EXPECTED = "expected a Stable Diffusion v1.x model (2.x and XL differ)"
+V1_5 = json.loads(Path(__file__).with_name("v1_5.json").read_text("utf-8"))  # v1.5's JSON
 REQUIRED = V1_5.pop("required")  # entries that our networks and schedules cannot vary
 SCHEDULER = "scheduler/scheduler_config.json"
 SCHEDULES = {  # ours, and how a scheduler_config.json describes them
@@ -51,9 +50,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def load(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Pipeline:
-    """From a single file with CompVis' names (.safetensors, .ckpt), or a folder of diffusers.
+    """Read a single file with CompVis' names (.safetensors, .ckpt), or a folder of diffusers.
 
-    dtype: what to compute in. None: the U-Net's, but float32 rather than 16 bits.
+    dtype: what to compute in. None: that of the U-Net's weights, but float32 instead of 16 bits.
     """
     path = Path(path)
     text_encoder = load_network("text_encoder", TextEncoder, path)
@@ -61,7 +60,7 @@ def load(
     unet = load_network("unet", partial(UNet, attention_block=attention), path)
     vae = load_network("vae", VAE, path)
     if unet.config["out_channels"] != vae.config["latent_channels"]:
-        raise UserError(f"{path}: its U-Net and its VAE differ in the channels of their latents")
+        raise UserError(f"{path}: its U-Net and its VAE differ in the number of latent channels")
     dtype = dtype or torch.promote_types(unet.conv_in.weight.dtype, torch.float32)
     for network in (unet, vae, text_encoder):
         network.to(device, dtype).eval().requires_grad_(False)
@@ -71,7 +70,7 @@ def load(
 
 
 def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Module:
-    """One of the three, out of the folder or of the single file."""
+    """One of the three networks, from the folder or from the single file."""
     name = f"{part}/config.json"
     if path.is_dir():
         layout, file, source = DIFFUSERS, weights_file(path / part), path / name
@@ -85,7 +84,7 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
     ours["attention_levels"] = [kind == "CrossAttnDownBlock2D" for kind in kinds]
     config = {key: ours[key] for key in inspect.signature(make).parameters if key in ours}
     try:
-        with torch.device("meta"):  # shapes only: the weights are those of the file
+        with torch.device("meta"):  # shapes only: the weights come from the file
             network = make(**config)
     except ValueError as error:  # such as groups or heads that do not divide the channels
         raise UserError(f"{source}: {error}") from error
@@ -97,7 +96,7 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
 
 
 def weights_file(folder: Path) -> Path:
-    """Of several files the one with the shortest name: not the .fp16, not the .non_ema."""
+    """The file with the shortest name, so neither .fp16 nor .non_ema."""
     files = [*folder.glob("*.safetensors")] or [*folder.glob("*.bin")]
     if not files:
         raise UserError(f"{folder}: expected weights, a .safetensors or .bin file")
@@ -105,13 +104,13 @@ def weights_file(folder: Path) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Mapped into memory: what is not used is never read. Nothing in the file is executed."""
+    """Map the file into memory: unused tensors are never read. Nothing in the file is executed."""
     with system_errors(path):
         path.open("rb").close()
     verify_checksum(path)
-    checkpoint = type("ModelCheckpoint", (), {})  # in place of Lightning's, which a .ckpt names
+    checkpoint = type("ModelCheckpoint", (), {})  # stands for Lightning's, which a .ckpt names
     named = (checkpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-    scalar = np.float64().__reduce__()[0]  # makes a number of NumPy from bytes
+    scalar = np.float64().__reduce__()[0]  # makes a NumPy number from bytes
     old_scalar = (scalar, "numpy.core.multiarray.scalar")  # as NumPy 1 called it
     harmless = [named, scalar, old_scalar, np.dtype, type(np.dtype("float64"))]
     try:
@@ -124,7 +123,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         content = content.get("state_dict", content)
         return {name: w for name, w in content.items() if isinstance(w, Tensor)}
-    except Exception as error:  # whatever the bytes lead to
+    except Exception as error:  # damaged bytes can raise anything
         raise UserError(
             f"{path}: expected a whole .safetensors, .ckpt or .bin file of weights; this one is "
             "damaged or of another kind"
@@ -132,11 +131,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def modern_names(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The weights of one network, under the names that they have today."""
+    """The weights of one network, under the names that diffusers and transformers use today."""
     modern = {}
     for name, w in tensors.items():
         new = name.removeprefix(prefix).removeprefix("text_model.")
-        for legacy, today in LEGACY_NAMES.items():  # of the VAE's attention
+        for legacy, today in LEGACY_NAMES.items():  # in the VAE's attention
             new = new.replace(f".{legacy}.", f".{today}.")
         unused = new.startswith("loss.") or new.endswith("position_ids")
         if name.startswith(prefix) and not unused:
@@ -147,7 +146,7 @@ def modern_names(tensors: dict[str, Tensor], prefix: str = "") -> dict[str, Tens
 def load_weights(
     part: str, network: nn.Module, tensors: dict[str, Tensor], layout: int, path: Path
 ) -> None:
-    """Give a network these tensors: all that it needs, and nothing else."""
+    """Load these tensors into a network; it must need all of them and no others."""
     own, weights, wrong = network.state_dict(), {}, []
     for theirs, ours in name_pairs(part, network, layout):
         w, shape = tensors.pop(theirs, None), own[ours].shape
@@ -170,7 +169,7 @@ def load_weights(
 
 
 def is_whole(w: Tensor) -> bool:
-    """Finite floating-point numbers, each of them in the file? A stride of 0 claims any size."""
+    """Are all numbers finite floats, and all in the file? (A stride of 0 claims any size.)"""
     plain = w.layout == torch.strided and w.dtype in FLOATS and not w.is_meta
     there = plain and w.nbytes <= w.untyped_storage().nbytes()
     return there and bool(torch.stack(w.aminmax()).isfinite().all())
@@ -180,7 +179,7 @@ def is_whole(w: Tensor) -> bool:
 
 
 def read_entries(file: Path, name: str) -> dict:
-    """Of one of the JSON files of a folder."""
+    """Read a JSON file of a folder, and check its entries."""
     with system_errors(file):
         content = file.read_bytes()
     try:
@@ -190,7 +189,7 @@ def read_entries(file: Path, name: str) -> dict:
 
 
 def check_entries(name: str, given: dict, path: Path) -> dict:
-    """These entries of a JSON file, and v1.5's where they are silent, before anything is built."""
+    """Check the entries of a JSON file before anything is built; v1.5's replace missing ones."""
     entries = {key: given.get(key, usual) for key, usual in V1_5[name].items()}
     for key, usual in V1_5[name].items():
         plausible = key not in CONFIG_KEYS or is_plausible(entries[key], usual)
@@ -200,7 +199,7 @@ def check_entries(name: str, given: dict, path: Path) -> dict:
 
 
 def is_plausible(value: object, usual: object) -> bool:
-    """Of the same type as in v1.5, and not larger by far?"""
+    """Is the value of the same type as v1.5's, and not far larger?"""
     if isinstance(usual, list):
         few = isinstance(value, list) and 1 <= len(value) <= 8
         return few and all(is_plausible(one, usual[0]) for one in value)
@@ -211,7 +210,7 @@ def is_plausible(value: object, usual: object) -> bool:
 
 
 def read_sizes(part: str, tensors: dict[str, Tensor]) -> dict:
-    """In place of a config.json: the entries in which these tensors may differ from v1.5's."""
+    """Without a config.json, read from the tensors' shapes what may differ from v1.5."""
 
     def size(layer: str, dim: int = 0) -> int:
         return tensors[f"{layer}.weight"].shape[dim]
@@ -219,7 +218,7 @@ def read_sizes(part: str, tensors: dict[str, Tensor]) -> dict:
     try:
         if part == "unet":
             blocks = [f"input_blocks.{i}.0.out_layers.3" for i in (1, 4, 7, 10)]
-            inputs = size("input_blocks.0.0", dim=1)  # 9: for inpainting
+            inputs = size("input_blocks.0.0", dim=1)  # 9 for inpainting
             return {"in_channels": inputs, "block_out_channels": [size(block) for block in blocks]}
         if part == "vae":
             blocks = [f"encoder.down.{level}.block.0.conv1" for level in range(4)]
@@ -238,7 +237,7 @@ def read_sizes(part: str, tensors: dict[str, Tensor]) -> dict:
 
 
 def read_settings(path: Path, downsampling: int) -> dict:
-    """How the U-Net was trained. As v1.5 where a file is silent, or not there."""
+    """How the U-Net was trained. v1.5's settings replace missing files and entries."""
     file, unet = path / SCHEDULER, "unet/config.json"
     entries = read_entries(file, SCHEDULER) if file.exists() else V1_5[SCHEDULER]
     size = (read_entries(path / unet, unet) if path.is_dir() else V1_5[unet])["sample_size"]
@@ -270,12 +269,12 @@ def load_tokenizer(path: Path, text: dict) -> Tokenizer:
 
 
 def save(pipeline: Pipeline, folder: str | Path) -> None:
-    """A folder in diffusers' layout, in half precision, for `load` and for diffusers."""
+    """Write a folder in diffusers' layout, in half precision, for `load` and for diffusers."""
     folder, tokenizer = Path(folder), pipeline.tokenizer
     unet, vae, text = pipeline.unet, pipeline.vae, pipeline.text_encoder
     cross = ["CrossAttn" if here else "" for here in unet.config["attention_levels"]]
     levels = len(vae.config["channels"])
-    changes = {  # of v1.5's JSON files, in our words where CONFIG_KEYS has them
+    changes = {  # to v1.5's JSON files, under our names if CONFIG_KEYS has them
         "unet/config.json": {
             **unet.config,
             "size": pipeline.size // vae.downsampling,

@@ -1,7 +1,7 @@
-"""The variational autoencoder of Stable Diffusion: images become small latents, and back again.
+"""Stable Diffusion's variational autoencoder turns images into small latents, and back.
 
-Most of an image's bytes are fine texture. Latents of a quarter of the height and width leave the
-diffusion model a sixteenth of the pixels; the decoder, trained once, adds the texture.
+Most of an image's bytes are fine texture. Latents have a quarter of the height and width, so the
+diffusion model draws a sixteenth of the pixels; the decoder, trained once, adds the texture.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from unet import ResBlock, SelfAttention, UNetBlock, Upsample
 
-EPS = 1e-6  # of every norm here; the U-Net's residual blocks have 1e-5
+EPS = 1e-6  # for every norm here; the U-Net's residual blocks use 1e-5
 
 
 class Downsample(nn.Module):
-    """(B, C, H, W) -> (B, C, H / 2, W / 2). Zeros are added on the right and at the bottom only:
-    the published weights were trained so, and zeros on all sides would shift the image."""
+    """(B, C, H, W) -> (B, C, H / 2, W / 2). It adds zeros only on the right and at the bottom,
+    as the published weights expect; zeros on all sides would shift the image."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -87,9 +87,9 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Images (B, in_channels, H, W) in [-1, 1] <-> latents (B, latent_channels, h, w).
 
-    Rombach et al. 2022; h = H / downsampling. channels: of each level, half as high and wide as the
-    one before. scaling_factor: latents times this have a variance of about 1, as the noise has;
-    it is stored here for whoever needs it, encode and decode do not apply it.
+    Rombach et al. 2022; h = H / downsampling. channels: one number per level; each level but the
+    first halves height and width. scaling_factor: latents times this have a variance of about 1,
+    like the noise. It is only stored here: encode and decode do not apply it.
     """
 
     def __init__(
@@ -109,16 +109,17 @@ class VAE(nn.Module):
         self.downsampling = 2 ** (len(channels) - 1)
         shape = channels, num_res_blocks, groups
         self.encoder = Encoder(in_channels, 2 * latent_channels, *shape)
+        # quant, post_quant: Stable Diffusion's names; this VAE quantizes nothing.
         self.quant = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        nn.init.constant_(self.quant.bias[latent_channels:], -6.0)  # little noise at first
+        nn.init.constant_(self.quant.bias[latent_channels:], -6.0)  # logvar: little noise at first
         self.post_quant = nn.Conv2d(latent_channels, latent_channels, 1)
         self.decoder = Decoder(latent_channels, in_channels, *shape)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logvar of the latents: normally distributed, with the variance exp(logvar)."""
-        height, width, multiple = *x.shape[2:], self.downsampling
-        if height % multiple or width % multiple:
-            raise ValueError(f"an image of {height}x{width}: expected multiples of {multiple}")
+        """Mean and log-variance of the latents' normal distribution, (B, latent_channels, h, w)."""
+        H, W, multiple = *x.shape[2:], self.downsampling
+        if H % multiple or W % multiple:
+            raise ValueError(f"image of {H}x{W}: height and width must be multiples of {multiple}")
         mean, logvar = self.quant(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -126,11 +127,11 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant(z))
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: x reconstructed from latents drawn with `noise`; and mean, logvar."""
+        """For training: x, reconstructed from latents drawn with `noise`; mean and logvar."""
         mean, logvar = self.encode(x)
         return self.decode(mean + (logvar / 2).exp() * noise), mean, logvar
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """From the latents' distribution to the standard normal one, per number. math.md (16)"""
+    """KL divergence of the latents from a standard normal distribution, per number. math.md (16)"""
     return (mean**2 + logvar.exp() - 1 - logvar).mean() / 2

@@ -1,7 +1,7 @@
 """The names under which diffusers and CompVis store the weights of our networks.
 
-The rules are pairs in a table, weight_names.txt. Reading and writing use it in the same way: they
-walk through the weights of one of our networks and ask for the other name.
+The rules are in a table, weight_names.txt. Reading and writing use it in the same way: they walk
+through the weights of one of our networks and look up the other name.
 """
 
 import re
@@ -25,8 +25,8 @@ CONFIG_KEYS = {theirs: ours for ours, theirs in rows(SECTIONS["config"])}
 
 
 def name_pairs(part: str, network: nn.Module, layout: int) -> Iterator[tuple[str, str]]:
-    """For each weight of a network (the unet, vae or text_encoder) its name in that layout, and
-    its name here."""
+    """For each weight of a network (the unet, vae or text_encoder), yield its name in that layout
+    and its name here."""
     names = layer_names(part, network.config, layout)
     for ours in network.state_dict():
         block, kind, layer, parameter = LAYER.fullmatch(ours).groups()
@@ -48,7 +48,7 @@ def layer_names(part: str, config: dict, layout: int) -> dict[str, str]:
 
 
 def block_numbers(config: dict) -> Iterator[dict[str, int]]:
-    """What the braces of the table stand for, for each block of a list."""
+    """For each block of a list, the numbers that replace the table's braces."""
     levels = config.get("layers") or len(config["channels"])  # a layer is a level of one block
     per_level = config.get("num_res_blocks", 0) + 1
     attention = config.get("attention_levels", [False] * levels)

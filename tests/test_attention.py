@@ -58,5 +58,5 @@ def test_a_new_block_changes_next_to_nothing_and_all_of_it_learns():
 def test_impossible_heads_and_a_missing_context_are_named():
     with pytest.raises(ValueError, match="heads that divide the width 8, got 3"):
         SpatialTransformer(8, 3, 4, 5)
-    with pytest.raises(ValueError, match="expected a context"):
+    with pytest.raises(ValueError, match="needs a context"):
         SpatialTransformer(8, 2, 4, 5)(torch.randn(2, 8, 4, 4), None)

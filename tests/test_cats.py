@@ -16,8 +16,8 @@ GOLDEN = [
 ]
 
 
-def test_the_renderer_is_the_one_that_drew_the_ready_models_data():
-    """Whoever changes the renderer changes these numbers, and trains the ready models anew."""
+def test_the_renderer_is_the_one_that_drew_the_pretrained_models_data():
+    """If you change the renderer, change these numbers, and train the pretrained models anew."""
     images = draw(1000, 32)[0].double()
     quarters = F.adaptive_avg_pool2d(images.mean(0), 2).flatten().tolist()
     assert quarters == pytest.approx(GOLDEN, abs=1e-5)

@@ -134,7 +134,7 @@ def test_the_core_imports_nothing_of_the_extension(files, rooms):
         assert own.intersection(imports(file)) <= rooms, file
 
 
-def test_the_checksums_are_those_of_all_ready_models():
+def test_the_checksums_are_those_of_all_pretrained_models():
     models = ROOT / "models"
     listed = dict(line.split()[::-1] for line in text(models / "SHA256SUMS").splitlines())
     files = [path for path in models.rglob("*") if path.suffix in (".pt", ".safetensors")]

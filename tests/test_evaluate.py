@@ -196,11 +196,11 @@ def test_bad_input_gets_one_sentence_before_the_work(evaluate_here, here, monkey
     assert not (here / "evaluation.png").exists()
 
 
-# ---- the ready model -----------------------------------------------------------------------------
+# ---- the pretrained model ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_ready_model_has_learned_to_draw_cats(evaluate_here, here):
+def test_the_pretrained_model_has_learned_to_draw_cats(evaluate_here, here):
     """What a newcomer types, with fewer samples. How clean they are: docs/results.md."""
     out = evaluate_here("--model", "cats", "--data", None, "--n", 64, "--steps", 40)
     assert "it has learned more than brightness and smoothness" in out

@@ -1,4 +1,4 @@
-"""Guidance against closed forms; class-conditional networks, and the prompts that name classes."""
+"""Guidance against closed forms; class-conditional networks, and the prompts that name values."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def make():
 
 
 @torch.no_grad()
-def test_no_labels_are_label_0_and_each_image_and_question_and_answer_matters():
+def test_no_labels_are_label_0_and_each_image_and_attribute_and_value_matters():
     net = make()
     assert torch.equal(net(X, T), net(X, T, OPEN.expand(2, 3)))
     noise = net(X, T, LABELS * torch.tensor([[1], [0]]))
@@ -47,9 +47,9 @@ def test_no_labels_are_label_0_and_each_image_and_question_and_answer_matters():
     torch.testing.assert_close(noise[1:], net(X[1:], T[1:]))
     expected = 2 * net(X, T, LABELS) - net(X, T)  # labels are a context for `guided`
     torch.testing.assert_close(guided(net, LABELS, OPEN, 2.0)(X, T), expected)
-    for question, answers in enumerate(CATS.values()):
-        labels = OPEN.repeat(1 + len(answers), 1)
-        labels[:, question] = torch.arange(len(labels))
+    for attribute, values in enumerate(CATS.values()):
+        labels = OPEN.repeat(1 + len(values), 1)
+        labels[:, attribute] = torch.arange(len(labels))
         x, t = X[:1].expand(len(labels), -1, -1, -1), T[:1].expand(len(labels))
         assert torch.pdist(net(x, t, labels).flatten(1)).min() > 1e-3
 
@@ -78,18 +78,18 @@ DIGITS = {"digit": tuple("0123456789")}
         ("0 digit", DIGITS, [1]),
     ],
 )
-def test_a_prompt_names_answers(prompt, classes, labels):
+def test_a_prompt_names_values(prompt, classes, labels):
     assert parse_labels(prompt, classes) == labels
 
 
 @pytest.mark.parametrize(
     ("prompt", "sentence"),
     [
-        ("black, green", "'green': expected 'green eyes' or 'green background'"),
-        ("green eyes, blue eyes", "expected one answer for eyes, got a second one: 'blue eyes'"),
-        ("Purple", "'Purple': this model has no such class. Its classes: fur: black, white; eyes:"),
-        ("green fur", "'green fur': this model has no such class"),
-        ("a cat " * 500, "a cat [...]': this model has no such class"),
+        ("black, green", "'green' is ambiguous: write 'green eyes' or 'green background'"),
+        ("green eyes, blue eyes", "two values for eyes; the second is 'blue eyes': give one"),
+        ("Purple", "this model does not know 'Purple'. It knows fur: black, white; eyes:"),
+        ("green fur", "this model does not know 'green fur'"),
+        ("a cat " * 500, "a cat [...]'. It knows fur"),
     ],
 )
 def test_a_prompt_that_cannot_be_read_gets_one_sentence(prompt, sentence):

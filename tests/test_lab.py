@@ -15,7 +15,7 @@ from toolbox.cats import draw
 from toolbox.files import UserError
 
 LAB = (ROOT / "docs/lab.md").read_text("utf-8")
-MEASURED = ("loss", "steps")  # with the ready model
+MEASURED = ("loss", "steps")  # with the pretrained model
 
 
 def run(module, monkeypatch, *words):
@@ -46,7 +46,7 @@ def test_each_experiment_draws_its_labelled_image(tiny, monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_what_is_measured_of_the_ready_model(here, monkeypatch, capsys):
+def test_what_is_measured_of_the_pretrained_model(here, monkeypatch, capsys):
     monkeypatch.setattr(lab, "CALLS_TRIED", (1, 2))
     monkeypatch.setattr(lab, "SAMPLES", 8)
     run(lab, monkeypatch, "steps")

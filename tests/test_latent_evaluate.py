@@ -1,4 +1,4 @@
-"""latent_ext/evaluate.py; and that ready models do what the second evening's README says."""
+"""latent_ext/evaluate.py; and that pretrained models do what the second evening's README says."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ from toolbox.metrics import FeatureNet, kernel_distance, questions_of
 from toolbox.models import model_config, read, save_model
 from toolbox.seeds import generators
 
-READY = ROOT / "models" / "latent-cats"
+MODEL = ROOT / "models" / "latent-cats"
 OPTIONS = {"guidance_scale": 3.0, "eta": 1.0, "steps": 25}
 FUR, EYES = (list(ATTRIBUTES).index(name) for name in ("fur", "eyes"))
 
@@ -31,7 +31,7 @@ def cats(n, size, **attributes):
     return Data("cats", to_uint8(images), ATTRIBUTES, labels, captions)
 
 
-def ready_classifier(data):
+def pretrained_classifier(data):
     network = FeatureNet(data.channels, questions_of(data))
     stored = read(ROOT / "models" / "features" / f"{data.name}-{data.size}.pt")
     network.load_state_dict(stored["weights"])
@@ -40,7 +40,7 @@ def ready_classifier(data):
 
 @pytest.fixture(scope="module")
 def classifier():
-    return ready_classifier(cats(1, 32))
+    return pretrained_classifier(cats(1, 32))
 
 
 @pytest.mark.parametrize("by_class", [False, True])
@@ -109,22 +109,22 @@ def test_bad_input_is_refused_in_one_sentence(monkeypatch, capsys, words, senten
     assert sentence in said(latent_ext.evaluate.main, capsys)
 
 
-# ---- ready models --------------------------------------------------------------------------------
+# ---- pretrained models ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_ready_digits_are_those_of_the_prompts():
+def test_the_pretrained_digits_are_those_of_the_prompts():
     digits = torch.arange(40) % 10
     prompts, options = [str(digit) for digit in digits.tolist()], OPTIONS
     x = text_to_image(load_pipeline("digits"), prompts, generator=generators(range(40)), **options)
-    judge = ready_classifier(Data("mnist", x, {"digit": range(10)}))
+    judge = pretrained_classifier(Data("mnist", x, {"digit": range(10)}))
     assert (read_labels(judge, to_uint8(x), 28)[:, 0] == digits).sum() >= 38
 
 
 @pytest.mark.slow
-def test_the_ready_pipeline_draws_what_the_prompts_say(classifier):
+def test_the_pretrained_pipeline_draws_what_the_prompts_say(classifier):
     prompts, labels, unseen = choose_prompts(cats(300, 4), 40, by_class=False)
-    x = text_to_image(load_pipeline(READY), prompts, generator=generators(range(40)), **OPTIONS)
+    x = text_to_image(load_pipeline(MODEL), prompts, generator=generators(range(40)), **OPTIONS)
     right = read_labels(classifier, to_uint8(x), 32) == labels
     assert right.float().mean() > 0.96 and right.all(1).float().mean() > 0.85
     assert right[unseen].float().mean() > 0.94
@@ -132,7 +132,7 @@ def test_the_ready_pipeline_draws_what_the_prompts_say(classifier):
 
 @pytest.mark.slow
 def test_with_more_strength_an_image_moves_from_its_input_to_its_prompt(classifier):
-    pipeline, images = load_pipeline(READY), draw(12, 64, seed=7, fur="orange", eyes="green")[0]
+    pipeline, images = load_pipeline(MODEL), draw(12, 64, seed=7, fur="orange", eyes="green")[0]
     prompts, distances, black = ["a black cat with yellow eyes"] * 12, [], []
     for strength in (0.08, 0.3, 0.6, 1.0):
         options = OPTIONS | {"strength": strength, "generator": generators(range(12))}
@@ -151,7 +151,7 @@ def test_inpainting_keeps_what_is_black_in_the_mask_and_redraws_what_is_white(cl
     masks[:, :, 8:44] = 1
     prompts = [f"a {ATTRIBUTES['fur'][k]} cat with blue eyes" for k in labels["fur"]]
     options = OPTIONS | {"generator": generators(range(12))}
-    x = inpaint(load_pipeline(READY), prompts, images, masks, **options)
+    x = inpaint(load_pipeline(MODEL), prompts, images, masks, **options)
     assert torch.equal(x[masks.expand_as(x) == 0], images[masks.expand_as(x) == 0])
     eyes = read_labels(classifier, to_uint8(x), 32)[:, EYES]
     assert (eyes == ATTRIBUTES["eyes"].index("blue")).sum() >= 10

@@ -218,9 +218,9 @@ def test_the_unet_gets_variants_of_a_caption_and_in_one_of_ten_cases_none(parts,
     assert 0.5 < whole.float().mean() < 0.63  # nine in ten of five in eight
 
 
-@pytest.mark.parametrize(("name", "questions"), [("photos", 1), ("cats", 4)])
+@pytest.mark.parametrize(("name", "attributes"), [("photos", 1), ("cats", 4)])
 def test_classes_are_an_images_labels_and_for_one_image_in_ten_left_open(
-    main, monkeypatch, name, questions
+    main, monkeypatch, name, attributes
 ):
     monkeypatch.setattr(toolbox.data, "DRAWN_CATS", 128)
     images, conditions = record(monkeypatch, train_classes)
@@ -233,9 +233,9 @@ def test_classes_are_an_images_labels_and_for_one_image_in_ten_left_open(
     trained = select(data, ~held_out_combination(data.labels)) if name == "cats" else data
     assert torch.equal(shown[0], trained.labels[preview_indices(trained)] + 1)
     dropped = labels == 0
-    assert labels.shape == (800, questions)
+    assert labels.shape == (800, attributes)
     assert torch.equal(labels[~dropped], (data.labels[image] + 1)[~dropped])
-    alone = 0.1 if questions > 1 else 0  # of several, single ones are left open, too
+    alone = 0.1 if attributes > 1 else 0  # of several, single ones are left open, too
     assert dropped.float().mean() == pytest.approx(1 - 0.9 * (1 - alone), abs=0.04)
     assert dropped.all(1).float().mean() == pytest.approx(0.1, abs=0.03)
     assert load_pipeline("out/model.pt").classes == {k: list(v) for k, v in data.classes.items()}

@@ -223,7 +223,7 @@ def test_a_classifier_is_trained_once_for_each_kind_of_data(here, monkeypatch):
             metrics.feature_net(other)
         assert len(trainings) == i
 
-    # A ready one comes first, where it belongs to the images; the other is made next to it.
+    # A pretrained one comes first, where it belongs to the images; the other is made next to it.
     monkeypatch.setattr(metrics, "PRETRAINED", here / "models")
     (here / "models").mkdir()
     (here / "data/features").rename(here / "models/features")
@@ -317,12 +317,12 @@ def test_inception_sees_uint8_of_three_channels_in_parts_or_says_what_to_install
             metrics.Inception()
 
 
-# ---- the drawn cats: what the ready classifier must notice ---------------------------------------
+# ---- the drawn cats: what the pretrained classifier must notice ----------------------------------
 
 
 @pytest.fixture(scope="module")
 def cats(tmp_path_factory):
-    """Some of the drawn cats, held-out ones, and the ready classifier, drawn once for all tests.
+    """Some of the drawn cats, held-out ones, and the pretrained classifier, once for all tests.
 
     The classifier is recognized by the mean of every 17th cat: these are here every third.
     """

@@ -45,7 +45,7 @@ def test_a_model_comes_back_as_it_was_to_half_precision(here, network, predictio
 
 
 @pytest.mark.parametrize("name", ["cats", "real-cats"])
-def test_the_ready_models_of_the_format_before_load_by_name(here, name):
+def test_the_pretrained_models_of_the_format_before_load_by_name(here, name):
     """Format 2 had other names for the same weights in the same order, and no `prediction`."""
     network, schedule, config = load_model(name)
     stored = torch.load(toolbox.models.PRETRAINED / f"{name}.pt", weights_only=True)
@@ -120,13 +120,13 @@ def test_a_model_that_is_not_there_is_said_with_a_hint(here):
         "catz": r"did you mean cats\?",
         "folder": r"did you mean folder.model.pt\?",
         "latent-cats": "use python -m latent_ext.generate",
-        "nothing-like-it": "no such model file; ready models: .*, latent-cats, real-cats",
+        "nothing-like-it": "no such model file; pretrained models: .*, latent-cats, real-cats",
     }.items():
         with pytest.raises(UserError, match=sentence):
             load_model(name)
 
 
-def test_a_ready_model_that_was_changed_is_refused(tiny, here, monkeypatch, capsys):
+def test_a_pretrained_model_that_was_changed_is_refused(tiny, here, monkeypatch, capsys):
     """Whole and well-formed, but not the listed file. One that is not listed is the user's own."""
     monkeypatch.setattr(toolbox.models, "PRETRAINED", here.resolve())
     checksum = hashlib.sha256(tiny.read_bytes()).hexdigest()
@@ -139,4 +139,4 @@ def test_a_ready_model_that_was_changed_is_refused(tiny, here, monkeypatch, caps
     load_model("own")
     for name in ("tiny", "tiny.pt"):
         sentence = said(lambda name=name: load_model(name), capsys)
-        assert "this is not the ready model that models/SHA256SUMS lists" in sentence
+        assert "this is not the pretrained model that models/SHA256SUMS lists" in sentence

@@ -84,7 +84,7 @@ def test_images_keep_their_colours_and_nan_is_no_colour(channels):
         to_image(image)
 
 
-def test_own_model_first_and_the_ready_model_in_a_fresh_folder(draw_here, here):
+def test_own_model_first_and_the_pretrained_model_in_a_fresh_folder(draw_here, here):
     """What a newcomer types first; few steps and images here."""
     result = command("sample.py", "--n", 2, "--steps", 3, "--device", "cpu")
     assert "by cats" in result.stdout and pixels(here / "samples.png").shape == (3, 100, 198)

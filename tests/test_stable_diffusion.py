@@ -341,7 +341,7 @@ def test_what_is_saved_loads_again_and_diffusers_draws_the_same(like, tmp_path):
     check_same_image(load(tmp_path, dtype=torch.float64), theirs, prompt, negative)
 
 
-def test_the_ready_model_draws_what_diffusers_draws():
+def test_the_pretrained_model_draws_what_diffusers_draws():
     folder, prompt = PRETRAINED / "latent-cats", "an orange cat with green eyes"
     ours, theirs = load(folder, dtype=torch.float64), opened_by_diffusers(folder)
     check_same_image(ours, theirs, prompt, "a black cat")
@@ -443,10 +443,10 @@ BAD = [  # the file; its new content, entries or weights, or None: it is missing
     (SCHEDULER, {"beta_schedule": "linear", "beta_end": 0.03}, "expected .* a beta_schedule of"),
     (SCHEDULER, {"prediction_type": "sample"}, "prediction_type epsilon or v_prediction"),
     (SCHEDULER, {"trained_betas": [0.1]}, "with trained_betas None"),
-    (TOKENIZER, b"{", "expected"),
-    (TOKENIZER, {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}}}, "expected"),
-    (TOKENIZER, {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}}, "expected"),
-    (TOKENIZER, None, r"expected a tokenizer\.json, or CLIP's merges\.txt"),
+    (TOKENIZER, b"{", "not a tokenizer"),
+    (TOKENIZER, {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}}}, "lacks"),
+    (TOKENIZER, {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}}, "not a"),
+    (TOKENIZER, None, r"not a tokenizer of CLIP or .* merges\.txt"),
     (WEIGHTS, b"", "is damaged"),
     (WEIGHTS, b"<html>not found</html>", "is damaged"),
     (WEIGHTS, None, "expected weights"),
@@ -534,7 +534,7 @@ def test_a_damaged_single_file_is_one_sentence(layout, here):
     refused(here / "nothing.ckpt", r"nothing\.ckpt: No such file")
     tensors = {"conditioner.embedders.0.model.logit_scale": torch.zeros(1)}
     torch.save(tensors, path)
-    refused(path, "not 2.x or XL.* is missing")
+    refused(path, "2.x and XL differ.* is missing")
     for name in ("embeddings.token_embedding", "embeddings.position_embedding"):
         claim = torch.zeros(1).expand(10**12, 768)  # terabytes
         tensors[f"{PREFIX['text_encoder']}{name}.weight"] = claim

@@ -3,7 +3,7 @@
 A cat is a stack of shapes, painted one over the other. Each shape is a signed distance (negative
 inside). It covers a pixel by how far the pixel's centre lies inside, measured in pixels and clamped
 to 0 .. 1. This is anti-aliasing, and the reason why one cat can be drawn at any size.
-All cats of a batch are painted at once: a number of a cat has the shape (n, 1, 1), a distance
+All cats of a batch are painted at once: each number of a cat has the shape (n, 1, 1), a distance
 (n, size, size). Coordinates run from -1 to 1 over the image: x to the right, y down.
 """
 
@@ -14,7 +14,7 @@ import random
 import torch
 from torch import Tensor
 
-# Red, green, blue in 0 .. 1. The second colour of a fur is that of its stripes and patches.
+# Red, green, blue in 0 .. 1. The second colour of a fur is for stripes and patches.
 FUR = {
     "black": ((0.13, 0.13, 0.17), (0.55, 0.31, 0.13)),
     "grey": ((0.55, 0.60, 0.68), (0.23, 0.25, 0.33)),
@@ -183,14 +183,14 @@ def render(cats: list[dict], size: int) -> Tensor:
 
 
 def ellipse(x: Tensor, y: Tensor, radius_x: float, radius_y: float) -> Tensor:
-    """Signed distance, first order: the implicit function over the length of its gradient."""
+    """Signed distance, first order: the implicit function divided by its gradient's length."""
     value = torch.sqrt((x / radius_x) ** 2 + (y / radius_y) ** 2 + 1e-12)
     slope = torch.sqrt((x / radius_x**2) ** 2 + (y / radius_y**2) ** 2 + 1e-12)
     return value * (value - 1) / slope
 
 
 def triangle(x: Tensor, y: Tensor, *corners: tuple) -> Tensor:
-    """Signed distance (near the corners a lower bound): the largest of those from the sides."""
+    """Signed distance (near the corners a lower bound): the largest distance from a side."""
     (ax, ay), (bx, by), (cx, cy) = corners
     turn = torch.as_tensor((bx - ax) * (cy - ay) - (by - ay) * (cx - ax)).sign()
     sides = []
@@ -208,7 +208,7 @@ def line(x: Tensor, y: Tensor, start: tuple, end: tuple, width: float) -> Tensor
 
 
 def arc(x: Tensor, y: Tensor, radius: float, start, length: float, width: float) -> Tensor:
-    """Signed distance from an arc around 0 with round ends, from angle `start` on, in radians."""
+    """Signed distance from an arc around 0 with round ends; `start` and `length` are in radians."""
     middle = torch.as_tensor(start + length / 2)
     angle = torch.atan2(y * middle.cos() - x * middle.sin(), x * middle.cos() + y * middle.sin())
     angle = angle.clamp(-length / 2, length / 2) + middle

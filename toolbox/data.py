@@ -1,4 +1,4 @@
-"""Images to train on: drawn cats, well-known sets, or a folder of one's own.
+"""Images to train on: drawn cats, well-known sets, or a folder of your own.
 
 They are decoded once, into a file in CACHE that is mapped into memory.
 """
@@ -22,12 +22,12 @@ from toolbox import cats
 from toolbox.files import UserError, atomic_write, check_number, printable, remove_leftovers
 
 CACHE = Path("data")  # in the current folder, like runs/
-OUTPUTS = {"model.pt", "resume.pt", "model_index.json"}  # a program wrote the folder of these
+OUTPUTS = {"model.pt", "resume.pt", "model_index.json"}  # files that mark a program's output
 SIZES = {"cats": 32, "mnist": 28, "fashion": 28, "cifar10": 32, "pets": 64}  # pixels, by default
 FOLDER_SIZE, MAX_SIZE = 64, 512
-DRAWN_CATS = 16_384  # so many that a small network does not memorize them
+DRAWN_CATS = 16_384  # enough that a small network does not memorize them
 HELD_OUT_CATS = 2_048  # the cats after those
-HELD_OUT_EVERY = 16  # of a folder's images
+HELD_OUT_EVERY = 16  # one in 16 of a folder's images
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,14 +41,14 @@ TORCHVISION = {  # torchvision's class, the name and the values of its labels, a
     "cifar10": (datasets.CIFAR10, "class", OBJECTS, "."),
     "pets": (datasets.OxfordIIITPet, "breed", CAT_BREEDS, "oxford-iiit-pet"),
 }
-Classes = dict[str, tuple[str, ...]]  # {"fur": ("black", ...), ...}
-Sample = tuple[Tensor, Sequence[int], str]  # (C, size, size) uint8, a label per class, a caption
-Source = tuple[Classes, Iterator[Sample], str]  # the last one changes when the samples do
+Classes = dict[str, tuple[str, ...]]  # attributes and their values: {"fur": ("black", ...), ...}
+Sample = tuple[Tensor, Sequence[int], str]  # (C, size, size) uint8, label per attribute, caption
+Source = tuple[Classes, Iterator[Sample], str]  # the str changes when the samples do
 
 
 @dataclass(frozen=True)
 class Data:
-    """Images and what is known of them; `labels` has a column of indices for each class."""
+    """Images and what is known about them; `labels` has a column of indices for each attribute."""
 
     name: str
     images: Tensor  # (N, C, size, size) uint8
@@ -67,19 +67,19 @@ class Data:
 
     @property
     def checksum(self) -> str:
-        """Of the mean colours of a thousand images: other rounding does not change it."""
+        """CRC-32 of the mean colours of a thousand images: other rounding does not change it."""
         few = torch.linspace(0, len(self.images) - 1, min(1000, len(self.images))).long()
         colours = self.batch(few, torch.zeros(len(few), dtype=torch.bool)).mean((2, 3))
         return f"{zlib.crc32((32 * colours).round().short().numpy().tobytes()):08x}"
 
     def batch(self, indices: Tensor, flipped: Tensor) -> Tensor:
-        """What a training gets: float32 (B, C, size, size) in [-1, 1]. flipped: (B,) bool."""
+        """A training batch: float32 (B, C, size, size) in [-1, 1]. flipped: (B,) bool."""
         x0 = from_uint8(self.images[indices])
         return torch.where(flipped[:, None, None, None], x0.flip(-1), x0)
 
 
 def load_data(name: str, size: int | None = None, held_out: bool = False) -> Data:
-    """Data of SIZES by its name, else a folder of images ("./cats" if its name is one of those).
+    """A data set by its name in SIZES, or a folder of images ("./cats" if it has such a name).
 
     held_out: images of the same kind that are never trained on, to measure generalization.
     """
@@ -102,7 +102,7 @@ def load_data(name: str, size: int | None = None, held_out: bool = False) -> Dat
 
 
 def drawn_cats(size: int, held_out: bool) -> Source:
-    """Their classes are what a caption tells: fur, pattern, eyes, background."""
+    """Captions name all of their attributes: fur, pattern, eyes, background."""
     indices = range(DRAWN_CATS, DRAWN_CATS + HELD_OUT_CATS) if held_out else range(DRAWN_CATS)
 
     def samples() -> Iterator[Sample]:
@@ -123,7 +123,7 @@ def known_set(name: str, size: int, held_out: bool) -> Source:
     def samples() -> Iterator[Sample]:
         try:
             pairs = dataset(CACHE, download=True, **part)
-        except Exception as error:  # of the network, of archives, of files: nearly anything
+        except Exception as error:  # network, archive, file: nearly anything can fail
             sentence = f"its download failed ({error}); without internet, put the files of"
             place = f"torchvision's {dataset.__name__} into {CACHE / folder}"
             raise UserError(f"--data {name}: {sentence} {place}") from error
@@ -178,7 +178,7 @@ def image_folder(folder: Path, size: int, held_out: bool) -> Source:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files below it, sorted, but no hidden ones and nothing that our own programs wrote."""
+    """All files below the folder, sorted, without hidden ones and our own programs' outputs."""
 
     def unreadable(error: OSError) -> None:
         raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror})")
@@ -195,7 +195,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def read_caption(path: Path, default: str) -> str:
-    """In UTF-8, or in UTF-16 with its mark."""
+    """Read UTF-8, or UTF-16 with a byte-order mark."""
     content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -206,7 +206,7 @@ def read_caption(path: Path, default: str) -> str:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """A file of any of Pillow's kinds, upright, as a square: (3, size, size) uint8."""
+    """Any file that Pillow reads -> an upright square, (3, size, size) uint8."""
     try:
         with Image.open(path) as file:
             if file.mode == "F" or (file.mode == "I" and file.getextrema()[0] < 0):
@@ -223,7 +223,7 @@ def read_image(path: Path, size: int) -> Tensor:
 
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
-    """The square in its middle, resized by averaging; blocks of equal pixels become one exactly."""
+    """The central square, resized by averaging; a block of equal pixels becomes exactly one."""
     small = image.resize((size, size), Image.Resampling.NEAREST)
     enlarged = small.resize(image.size, Image.Resampling.NEAREST)
     if image.width == image.height >= size and image.tobytes() == enlarged.tobytes():
@@ -234,10 +234,10 @@ def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
 def cached(path: Path, classes: Classes, samples: Iterable[Sample], version: str) -> dict:
     """Data's images, classes, labels and captions, from a file that is made when needed.
 
-    It is needed if it is missing, damaged or of another version. Its images are mapped: they are
-    read when used, and memory that others need is given back.
+    It is made if it is missing, damaged or of another version. Its images are mapped: they are
+    read when used, and their memory is given back when others need it.
     """
-    with suppress(Exception):  # a missing file, or whatever damaged bytes lead to
+    with suppress(Exception):  # a missing file, or anything that damaged bytes raise
         fields = torch.load(path, mmap=True, weights_only=True)
         if fields.pop("version") == version:
             return fields

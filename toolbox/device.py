@@ -17,7 +17,7 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device asked for, else the first that works: a GPU, Apple's GPU, the CPU."""
+    """The requested device, else the first that works: a GPU, Apple's GPU, the CPU."""
     cuda = f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 else "cuda"  # one GPU per process
     if name is None:
         candidates = (cuda, "cpu") if PROCESSES > 1 else (cuda, "mps", "cpu")
@@ -32,10 +32,10 @@ def pick_device(name: str | None = None) -> torch.device:
 
 
 def error_of(device: str) -> Exception | None:
-    """What goes wrong when a number is put there and read again, if anything does."""
+    """The error, if any, when a number is put on the device and read back."""
     try:
         torch.zeros(1, device=device).item()
-    except Exception as error:  # each kind of device has its own
+    except Exception as error:  # each kind of device raises its own
         return error
 
 
@@ -51,7 +51,7 @@ def tune_malloc() -> None:
 
 @contextmanager
 def distributed() -> Iterator[None]:
-    """In here the processes of torchrun can talk to each other. A single one needs nothing."""
+    """Inside, torchrun's processes can talk to each other. A single process needs nothing."""
     if PROCESSES == 1:
         yield
         return
@@ -66,7 +66,7 @@ def distributed() -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """What the first process makes in here, such as the data's cache, the others then find."""
+    """The first process enters first: the others find what it made, such as the data's cache."""
     if RANK > 0:
         all_reduce_mean(0)
     try:
@@ -77,7 +77,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def all_reduce_mean(number: float) -> float:
-    """The mean over all processes, for which each of them waits here."""
+    """The mean over all processes; each waits here for the others."""
     if PROCESSES == 1:
         return number
     total = torch.tensor(number, dtype=torch.float64)

@@ -15,7 +15,7 @@ MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA
 
 
 class UserError(Exception):
-    """What the user can mend: one sentence with what was expected, what came, and what to do."""
+    """An error that the user can fix: one sentence on what was expected, what came, what to do."""
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one reports
+        if os.environ.get("RANK", "0") != "0":  # only the first of torchrun's processes reports
             time.sleep(3)
         text = " ".join(str(error).split())
         print("error:", printable(text), file=sys.stderr)
@@ -42,7 +42,7 @@ def user_errors() -> Iterator[None]:
 
 
 def unbroken(method: Callable, *args: object) -> object:
-    """Whoever reads the output may leave (`| head`); a training then continues in silence."""
+    """Continue in silence when the reader of the output has left (`| head`)."""
     try:
         return method(*args)
     except BrokenPipeError:
@@ -56,7 +56,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def system_errors(path: Path) -> Iterator[None]:
-    """Errors of the operating system while `path` is read or written, as a UserError."""
+    """Turn the operating system's errors in reading or writing `path` into a UserError."""
     try:
         yield
     except OSError as error:
@@ -78,7 +78,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def check_writable(path: Path, suffix: str = "") -> None:
-    """Can this file be written? Asked before the work rather than after it."""
+    """Raise an error before the work, not after it, if this file cannot be written."""
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{path}: expected a name that ends in {suffix}")
     with system_errors(path):
@@ -96,9 +96,9 @@ def check_number(flag: str, number: float, low: float, high: float = math.inf) -
 
 
 def lock_folder(folder: Path) -> None:
-    """Until this process ends no other may write there; a dead one's lock is taken over.
+    """Let no other process write there until this one ends; take over a dead process's lock.
 
-    What dead ones have left is removed.
+    Remove temporary files that dead processes left.
     """
     path, mine = folder / "lock", f"{os.getpid()} {socket.gethostname()}"
     with system_errors(folder):
@@ -107,7 +107,7 @@ def lock_folder(folder: Path) -> None:
         if lock != mine:
             pid, _, host = lock.partition(" ")
             if host == socket.gethostname() and process_alive(pid):
-                advice = f"use another --out, or wait for it (if it is none, delete {path})"
+                advice = f"use another --out, or wait for it (if it is no training, delete {path})"
                 raise UserError(f"another training, process {pid}, is using {folder}: {advice}")
             print(f"took over {folder}: process {pid} no longer runs here", flush=True)
         path.write_text(mine, "utf-8")
@@ -116,7 +116,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Temporary files (see atomic_write) of processes that were killed."""
+    """Delete temporary files (see atomic_write) of killed processes."""
     for path in folder.glob("*.tmp"):
         if not process_alive(path.name.split(".")[-2]):
             path.unlink(missing_ok=True)
@@ -124,8 +124,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def process_alive(pid: str) -> bool:
     try:
-        if os.name != "nt":  # there nothing only asks: assume the best
-            os.kill(int(pid), 0)  # signal 0 is only a question
+        if os.name != "nt":  # Windows cannot ask without killing: assume yes
+            os.kill(int(pid), 0)  # signal 0 only asks
     except (OSError, ValueError, OverflowError) as error:
         return isinstance(error, PermissionError)  # another user's
     return True

@@ -15,16 +15,16 @@ from processes import Network, NoiseSchedule, add_noise
 from toolbox.data import to_uint8
 from toolbox.files import UserError, atomic_write
 
-matplotlib.use("Agg")  # draw into files, no window
+matplotlib.use("Agg")  # draw into files, without a window
 import matplotlib.pyplot as plt
 
 Levels = dict[int, float]  # time step -> loss
-MIN_PIXELS = 96  # images of a grid are enlarged to at least this size, by a whole number
+MIN_PIXELS = 96  # grids enlarge images to at least this size, by a whole factor
 LOWEST_LOSS = 1e-4  # on plots: in pure noise there is nothing to predict, and the loss falls to 0
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1], one channel or three -> an image of Pillow's."""
+    """(C, H, W) in [-1, 1], one channel or three -> a Pillow image."""
     if not image.isfinite().all():
         raise UserError("the sampled image has NaN in it: are the model's weights damaged?")
     return to_pil_image(to_uint8(image.cpu()))
@@ -63,7 +63,7 @@ def save_plot(figure: plt.Figure, path: Path, dpi: int = 100) -> None:
 
 
 def plot_training(history: list[tuple[int, float]], levels: Levels, path: Path) -> None:
-    """Left: the loss during training, (step, loss). Right, if known: that by noise level."""
+    """Left: the loss during training, (step, loss). Right, if known: the loss by noise level."""
     figure = plt.figure(figsize=(10, 3.5), layout="constrained")
     left = figure.add_subplot(1, 2 if levels else 1, 1)
     left.plot(*zip(*history, strict=True))
@@ -103,7 +103,7 @@ def plot_evaluation(
     distances: dict[str, Tensor],
     path: Path,
 ) -> None:
-    """Loss by level of each of `levels`; distances to the training data; samples and neighbours."""
+    """Plot losses by level, distances to the training data, and samples with their neighbours."""
     mosaic = [["loss", "images"], ["copies", "images"]]
     options = {"figsize": (16, 8), "layout": "constrained", "width_ratios": (1, 2)}
     figure, panels = plt.subplot_mosaic(mosaic, **options)

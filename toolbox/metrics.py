@@ -24,9 +24,9 @@ from toolbox.models import PRETRAINED, read, write
 
 FEATURES = 128
 CORRUPTIONS = ("none", "jpeg", "moved", "pasted", "lines", "faded")
-CONFIDENT = 0.9  # the probability from which on an answer counts
+CONFIDENT = 0.9  # an answer counts from this probability on
 NEIGHBOUR = 3  # the k of "k-th nearest"
-MAX_REAL = 16_384  # at most so many real images are compared with
+MAX_REAL = 16_384  # compare with at most so many real images
 FRECHET_FROM = 2000  # fewer images say little about the covariance of 128 features
 
 # ---- features ------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ class FeatureNet(nn.Module):
         super().__init__()
         self.questions = questions  # name -> number of answers
 
-        self.body = nn.Sequential(  # of 3x3 convolutions, each with BatchNorm and ReLU
+        self.body = nn.Sequential(  # 3x3 convolutions, each with BatchNorm and ReLU
             *(Conv(channels, 32), Conv(32, 32), Conv(32, 64, stride=2), Conv(64, 64)),
             *(Conv(64, 128, stride=2), Conv(128, FEATURES // 2)),
         )
@@ -64,7 +64,7 @@ class FeatureNet(nn.Module):
 
 
 class Inception:
-    """The features of published FIDs: Inception-v3, by torchmetrics. Another scale than ours."""
+    """Inception-v3, by torchmetrics: the features of published FIDs, on another scale than ours."""
 
     name, frechet = "Inception", "FID"
 
@@ -84,7 +84,7 @@ class Inception:
 
 
 def feature_net(data: Data) -> FeatureNet:
-    """The classifier of this data: the repository's, an earlier one in CACHE, or a new one.
+    """A classifier for this data: the repository's, an earlier one in CACHE, or a new one.
 
     A stored one belongs to this data if the mean image and the classes are the same.
     """
@@ -104,20 +104,20 @@ def feature_net(data: Data) -> FeatureNet:
 
 
 def questions_of(data: Data) -> dict[str, int]:
-    """What a classifier learns to answer, and between how many answers it chooses."""
+    """The questions that a classifier learns, and the number of possible answers to each."""
     classes = {name: len(values) for name, values in data.classes.items()}
     return (classes or {"rotation": 4}) | {"corruption": len(CORRUPTIONS)}
 
 
 def train_feature_net(data: Data, steps: int = 600, batch: int | None = None) -> FeatureNet:
-    """Learn the classes, or without any which way up an image is; and how it was corrupted.
+    """Learn the classes (without any: which way up an image is), and how it was corrupted.
 
-    Without corruptions the network would look at colours and large shapes alone, since that is all
-    it takes to tell the classes. The judge is tested with corruptions of other kinds.
+    Without corruptions the network would look only at colours and large shapes, which suffice to
+    tell the classes. The judge's tests use corruptions of other kinds.
     """
-    batch = batch or 4 * max(4, 32 * 32**2 // max(32, data.size) ** 2)  # of large images fewer
+    batch = batch or 4 * max(4, 32 * 32**2 // max(32, data.size) ** 2)  # fewer large images
     labels = data.labels if data.classes else torch.zeros(len(data.images), 1)
-    order = labels.unique(dim=0, return_inverse=True)[1].argsort()  # the same labels side by side
+    order = labels.unique(dim=0, return_inverse=True)[1].argsort()  # equal labels side by side
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = FeatureNet(data.channels, questions_of(data))
@@ -144,7 +144,7 @@ def train_feature_net(data: Data, steps: int = 600, batch: int | None = None) ->
 
 
 def corrupt(image: Tensor, kind: str, other: Tensor) -> Tensor:
-    """(C, H, W) -> the same: compressed; a rectangle from elsewhere or `other`; lined; faded."""
+    """Compress (C, H, W), paste a rectangle (from itself or `other`), draw lines, or fade it."""
     size = image.shape[-1]
     if kind == "jpeg":
         file, quality = io.BytesIO(), int(torch.randint(30, 80, ()))
@@ -184,22 +184,22 @@ class Judge:
         self.radius = self.distance(new).quantile(0.99)
 
     def distance(self, features: Tensor) -> Tensor:
-        """To the k-th nearest training image: (N, 128) -> (N,)."""
+        """Distance to the k-th nearest training image: (N, 128) -> (N,)."""
         k = min(NEIGHBOUR, len(self.real))
         return torch.cdist(features, self.real).kthvalue(k, dim=1).values
 
     def confident(self, features: Tensor) -> dict[str, Tensor]:
-        """For each class of the data: has one of its values a probability over 0.9? (N,) bool."""
+        """For each attribute: does one of its values have a probability above 0.9? (N,) bool."""
         answers = self.network.answers(features)
         return {name: answers[name].softmax(1).amax(1) > CONFIDENT for name in self.data.classes}
 
     def clean(self, features: Tensor) -> Tensor:
-        """Confident of every class, and no farther from the data than 99 % of new data: (N,)."""
+        """Confident of every attribute, and as near to the data as 99 % of new images? (N,) bool"""
         near = self.distance(features) <= self.radius
         return torch.stack([*self.confident(features).values(), near]).all(0)
 
     def total_variation(self, features: Tensor) -> dict[str, float]:
-        """For each class the distance, 0 .. 1, between its values' shares here and in the data."""
+        """For each attribute the distance (0 .. 1) from its values' shares here to the data's."""
         answers, result = self.network.answers(features), {}
         for i, (name, values) in enumerate(self.data.classes.items()):
             both = answers[name].argmax(1), self.data.labels[:, i]
@@ -212,7 +212,7 @@ class Judge:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between features (N, d) and (M, d) as if both were normal (Heusel et al. 2017): math.md (14).
+    """Distance of features (N, d), (M, d), as if normal (Heusel et al. 2017): math.md (14).
 
     With Inception's features this is FID.
     """
@@ -238,13 +238,13 @@ def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2)  # the jackknife compares many sets with the same large one
 def mean_off_diagonal(x: Tensor) -> Tensor:
-    """The mean kernel within a set, without that of an image with itself."""
+    """The mean kernel within a set, without pairs of an image with itself."""
     k = polynomial_kernel(x, x)
     return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
 
 
 def jackknife(distance: Callable, a: Tensor, b: Tensor) -> tuple[float, float]:
-    """A distance and its standard error: how it differs between 32 random halves of `a`."""
+    """A distance and its standard error: how it varies over 32 random halves of `a`."""
     generator = torch.Generator().manual_seed(0)
     halves = [torch.randperm(len(a), generator=generator)[: len(a) // 2] for _ in range(32)]
     return distance(a, b), torch.tensor([distance(a[half], b) for half in halves]).std().item()
@@ -254,9 +254,9 @@ def jackknife(distance: Callable, a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 class LinearDenoiser:
-    """The best that the images' mean and covariance alone allow: math.md (13).
+    """The best denoiser that knows only the images' mean and covariance: math.md (13).
 
-    A network that is no better has learned nothing but brightness and smoothness.
+    A network that is no better has learned only brightness and smoothness.
     """
 
     def __init__(self, images: Tensor, at_most: int = 4096):
@@ -276,7 +276,7 @@ class LinearDenoiser:
         self.variances = self.project(others)
 
     def project(self, images: Tensor) -> Tensor:
-        """(N, d) -> mean squares along each direction; those left share the rest equally: (d,)."""
+        """(N, d) -> mean squares along each direction; the others share the rest equally: (d,)."""
         centred = images - self.mean
         along = (centred @ self.directions).square().mean(0)
         d, known = self.directions.shape
@@ -311,5 +311,5 @@ def split(images: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def evenly_spaced(images: Tensor, at_most: int) -> Tensor:
-    """A selection from all classes: in a folder they come one after the other."""
+    """Evenly spaced images, so of all classes: a folder is sorted by class."""
     return images[torch.linspace(0, len(images) - 1, min(at_most, len(images))).long()]

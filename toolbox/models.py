@@ -17,7 +17,7 @@ from unet import UNet
 
 FORMAT = 3
 OWN_MODEL = Path("runs/cats/model.pt")  # of `python train.py`
-PRETRAINED = Path(__file__).resolve().parent.parent / "models"  # NAME.pt in there is called NAME
+PRETRAINED = Path(__file__).resolve().parent.parent / "models"  # models/NAME.pt is called NAME
 SCHEDULES = {
     name: getattr(NoiseSchedule, name)
     for name, kind in vars(NoiseSchedule).items()
@@ -34,10 +34,10 @@ FORMAT_2 = {"widths": "channels", "blocks": "num_res_blocks", "attention": "atte
 def model_config(
     network: UNet, schedule: NoiseSchedule, size: int, data: str, prediction: str = "v", **more
 ) -> dict:
-    """What rebuilds and runs the network, in numbers, words and lists; `more` is kept as it is."""
+    """Describe the network in numbers, words and lists, to rebuild and run it. `more` is added."""
     make = SCHEDULES.get(schedule.name)
     if make is None or not torch.equal(make(schedule.T).alpha_bar, schedule.alpha_bar):
-        expected = f"expected what NoiseSchedule.{schedule.name}(T) makes, a classmethod"
+        expected = f"NoiseSchedule.{schedule.name}(T), a classmethod, must make it"
         raise ValueError(f"a model file cannot describe the schedule {schedule.name!r}: {expected}")
     return {
         "format": FORMAT,
@@ -51,7 +51,7 @@ def model_config(
 
 
 def save_model(path: Path, network: nn.Module, config: dict) -> None:
-    """In float16, which halves the file and changes a predicted noise by 0.0004."""
+    """Save in float16, which halves the file and changes a predicted noise by 0.0004."""
     state = network.state_dict()
     weights = {name: w.detach().half().cpu().contiguous() for name, w in state.items()}
     write(path, config | {"weights": weights})
@@ -60,7 +60,7 @@ def save_model(path: Path, network: nn.Module, config: dict) -> None:
 def load_model(
     name: str | Path, device: torch.device | str = "cpu", make: type[nn.Module] = UNet
 ) -> tuple[nn.Module, NoiseSchedule, dict]:
-    """The network (of the class `make`), its schedule and configuration, by file or ready name."""
+    """A network of class `make`, its schedule and configuration, by file or pretrained name."""
     path = find_model(name)
     if path.is_dir():
         raise UserError(f"{path}: use python -m latent_ext.generate for this one")
@@ -80,7 +80,7 @@ def load_model(
     with same_network(path):
         inspect.signature(make).bind(**config)
         make_schedule = SCHEDULES[content["schedule"]["name"]]
-    with torch.device("meta"):  # shapes only: the weights are those of the file
+    with torch.device("meta"):  # shapes only: the weights come from the file
         network = make(**config)
     with same_network(path):
         if content["format"] == 2:  # other names, the same order
@@ -92,7 +92,7 @@ def load_model(
 
 @contextmanager
 def same_network(path: Path) -> Iterator[None]:
-    """Whoever has changed unet.py meanwhile is told so; in here nothing else can go wrong."""
+    """If unet.py has changed since, say so; nothing else can go wrong in here."""
     try:
         yield
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -102,7 +102,7 @@ def same_network(path: Path) -> Iterator[None]:
 
 
 def predict_noise_of(network: nn.Module, schedule: NoiseSchedule, config: dict) -> Callable:
-    """predict_noise(x_t, t, *context) of a loaded network, whatever that outputs."""
+    """predict_noise(x_t, t, *context) of a loaded network, whatever it outputs."""
     return PREDICTIONS[config["prediction"]](network, schedule)
 
 
@@ -111,16 +111,16 @@ def default_model() -> str | Path:
 
 
 def find_model(name: str | Path) -> Path:
-    """A file, a pipeline's folder, or the name of either in PRETRAINED; for an error, a hint."""
+    """The file or pipeline folder of this path, or of this name in PRETRAINED."""
     path = Path(name)
     for found in (path, PRETRAINED / f"{name}.pt", PRETRAINED / name):
         if found.is_file() or (found / "unet").is_dir():
             return found
     files = [*PRETRAINED.glob("*.pt"), *(folder.parent for folder in PRETRAINED.glob("*/unet"))]
-    ready, inside = sorted(file.stem for file in files), path / "model.pt"
-    near = [inside] if inside.is_file() else difflib.get_close_matches(str(name), ready, n=1)
+    names, inside = sorted(file.stem for file in files), path / "model.pt"
+    near = [inside] if inside.is_file() else difflib.get_close_matches(str(name), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    hint += f"ready models: {', '.join(ready)}"
+    hint += f"pretrained models: {', '.join(names)}"
     raise UserError(f"--model {name}: no such model file; {hint}")
 
 
@@ -131,7 +131,7 @@ def read(path: Path) -> dict:
         content = io.BytesIO(path.read_bytes())
     try:
         return dict(torch.load(content, map_location="cpu", weights_only=True))
-    except Exception as error:  # whatever its bytes lead to
+    except Exception as error:  # damaged bytes can raise anything
         sentence = "expected a file of torch.save with named entries; this one is damaged"
         raise UserError(f"{path}: {sentence}") from error
 
@@ -145,13 +145,13 @@ def write(path: Path, content: dict) -> None:
 
 
 def verify_checksum(path: Path) -> None:
-    """A ready model is the very file that models/SHA256SUMS lists, or it is refused."""
+    """Refuse a pretrained model that is not the very file that models/SHA256SUMS lists."""
     path = path.resolve()
     if PRETRAINED not in path.parents:
         return
     for line in (PRETRAINED / "SHA256SUMS").read_text("utf-8").splitlines():
         checksum, name = line.split(maxsplit=1)
         if path == PRETRAINED / name and checksum != hashlib.sha256(path.read_bytes()).hexdigest():
-            advice = "`git checkout` brings that one back, a model of your own belongs elsewhere"
-            sentence = "this is not the ready model that models/SHA256SUMS lists"
+            advice = "`git checkout` brings that one back; put a model of your own elsewhere"
+            sentence = "this is not the pretrained model that models/SHA256SUMS lists"
             raise UserError(f"{path}: {sentence}; {advice}")

@@ -9,7 +9,7 @@ from torch import Tensor
 class Muon(torch.optim.Optimizer):
     """Gradient descent with momentum whose steps are equally long in all directions of a matrix.
 
-    A gradient consists mostly of a few strong directions; the weak ones, of rarer things to learn,
+    A gradient consists mostly of a few strong directions. The weak ones, for rarer things to learn,
     would hardly move. A convolution's kernel is the matrix (c_out, c_in * height * width).
     """
 

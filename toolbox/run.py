@@ -3,8 +3,8 @@
 Everything random in step k comes from a generator seeded by (seed, k). So nothing random has to be
 saved, a killed run resumes bit by bit, and sampling along the way disturbs nothing.
 
-Several processes may share each batch (`torchrun --nproc_per_node=2 train.py`). Each draws what is
-random for the whole batch and takes its shard, so that together they train what one would.
+Several processes may share each batch (`torchrun --nproc_per_node=2 train.py`). Each draws the
+random numbers of the whole batch and takes its shard, so together they train what one would.
 """
 
 import random
@@ -27,12 +27,12 @@ from toolbox.models import read, same_network, save_model, write
 
 PREVIEWS = 5  # how often a run shows what it has learned,
 MIN_PREVIEW_STEPS = 100  # but not more often than this
-SAVE_EVERY = 30.0  # seconds: as much as a killed run can lose
+SAVE_EVERY = 30.0  # seconds: a killed run loses no more
 RESUMED = ("precision", "step", "history", "recent")  # of a Run, besides weights and optimizers
 
 
 def generator_for(seed: int, step: int) -> torch.Generator:
-    """The two are mixed, because PyTorch's CPU generator uses 32 bits of its seed only."""
+    """The two are mixed, because PyTorch's CPU generator uses only 32 bits of its seed."""
     return torch.Generator().manual_seed(random.Random(f"{seed} {step}").getrandbits(32))
 
 
@@ -40,8 +40,8 @@ def generator_for(seed: int, step: int) -> torch.Generator:
 class Run:
     """One training in one folder: `for x0 in run.batches(): ...; run.log(loss)`.
 
-    config: what model.pt says of the network. settings: what else must stay the same to resume.
-    steps: in total; more of them continue a finished run. `model` is the network to call, wrapped
+    config: how model.pt describes the network. settings: what else must stay the same to resume.
+    steps: the total; a larger one continues a finished run. `model` is the network to call, wrapped
     for several processes; `network` and `ema` hold the weights.
     """
 
@@ -75,7 +75,7 @@ class Run:
         self.model = DistributedDataParallel(self.network) if PROCESSES > 1 else self.network
 
     def batches(self) -> Iterator[Tensor]:
-        """For each step that is left, this process's shard of a batch: (B, C, H, W) in [-1, 1].
+        """For each remaining step, this process's shard of a batch: (B, C, H, W) in [-1, 1].
 
         The images are drawn at random, and half of them flipped if the data allows it.
         """
@@ -104,7 +104,7 @@ class Run:
             sys.exit(130)
 
     def local_shard(self, batch: Tensor) -> Tensor:
-        """Of what was drawn for the whole batch, the part of this process."""
+        """This process's part of what was drawn for the whole batch."""
         return batch.chunk(PROCESSES)[RANK].to(self.device)
 
     def randint(self, high: int) -> Tensor:
@@ -125,7 +125,7 @@ class Run:
         return self.local_shard(noise)
 
     def log(self, loss: Tensor) -> None:
-        """End a step: progress, and a checkpoint when one is due."""
+        """End a step: show progress, and save a checkpoint when one is due."""
         self.step += 1
         self.recent.append(all_reduce_mean(loss.item()))
         self.bar.set_description("training", refresh=False)
@@ -138,7 +138,7 @@ class Run:
             self.save()
 
     def preview_due(self) -> bool:
-        """A few times in a run, and at its end; in the first process only."""
+        """True a few times in a run and at its end, only in the first process."""
         due = RANK == 0 and self.preview_after(self.step)
         if due:
             self.bar.set_description("sampling")
@@ -162,7 +162,7 @@ class Run:
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def resume(self) -> None:
-        """Continue what the folder holds, if it is this very training."""
+        """Continue the training in the folder, if it is this very one."""
         path = self.folder / "resume.pt"
         content = read(path) if path.exists() else None
         if content is not None:

@@ -16,12 +16,12 @@ def sample_seeds(
     device: torch.device | str = "cpu",
     **options: object,
 ) -> Tensor:
-    """One x0 of `shape` for each seed, the same whatever the others are; options: of `sample`."""
+    """One x0 of `shape` for each seed, whatever the other seeds are; options: for `sample`."""
     generator = generators(seeds)
     x = randn_like(torch.empty(len(generator), *shape, device=device), generator)
     return sample(predict_noise, x, schedule, generator=generator, **options)
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
-    """One for each image: image i of seed s uses seed s + i, whatever else is in its batch."""
+    """One per image: image i of seed s uses seed s + i, whatever else is in its batch."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]

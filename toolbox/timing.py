@@ -11,7 +11,7 @@ import torch
 from toolbox.device import PROCESSES, all_reduce_mean
 from toolbox.run import Run
 
-Work = Callable[[str], None]  # in this precision
+Work = Callable[[str], None]  # called with the precision
 
 
 def announce(run: Run, step: Work, preview_call: Work, preview_calls: int) -> None:
@@ -42,7 +42,7 @@ def announce(run: Run, step: Work, preview_call: Work, preview_calls: int) -> No
 
 
 def median_seconds(run: Run, work: Work, precision: str, limit: float = math.inf) -> float:
-    """Median seconds of `work`; one try is enough if that is beyond the limit."""
+    """Median seconds of `work`; only one try if it exceeds the limit."""
     seconds = []
     try:
         while len(seconds) < 6 and (not seconds or min(seconds) < limit):
