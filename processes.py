@@ -1,7 +1,7 @@
 """The two processes of a diffusion model: `add_noise` destroys data, `sample` creates it.
 
 Everywhere: x0 is clean data and x_t its noised version, float (B, ...). Images are (B, C, H, W) in
-[-1, 1], but nothing here depends on that: points in the plane, (B, 2), work as well.
+[-1, 1], but only clip_x0 depends on that: points in the plane, (B, 2), work as well.
 t is an int64 tensor (B,) of time steps, 0 .. T-1; noise is standard normal. The model is any
 callable predict_noise(x_t, t) -> noise of the shape of x_t.
 "math.md (4)" in a comment is equation 4 of docs/math.md, where it is derived.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Network = Callable[..., Tensor]  # (x_t, t, *context) -> noise; or v, or u, as below
+Network = Callable[..., Tensor]  # (x_t, t, *context) -> noise, v or u; context: second evening
 Generators = torch.Generator | Sequence[torch.Generator]  # one, or one for each image of a batch
 
 
@@ -96,8 +96,8 @@ def add_noise(
 def noise_from_v(network: Network, schedule: NoiseSchedule) -> Network:
     """predict_noise of a network that outputs v = sqrt(ab) noise - sqrt(1 - ab) x0, ab = alpha_bar.
 
-    Salimans & Ho 2022, appendix D. Near pure noise, the noise is almost x_t itself. x_t is added
-    outside of the network, whose copy would be off by more than what is left of x0.
+    Salimans & Ho 2022, appendix D. Near pure noise, the noise is almost x_t. A network's copy would
+    be off by more than what is left of x0, so x_t is added outside of it.
     """
 
     def predict_noise(x_t: Tensor, t: Tensor, *context: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def noise_from_velocity(network: Network, schedule: NoiseSchedule) -> Network:
     return predict_noise
 
 
-# What to pass to `sample`, and what it then is (network calls: `steps`):
+# What to pass to `sample`, and which sampler this gives (network calls: `steps`):
 #
 #   DDPM    steps=1000  eta=1   every step of the chain, fresh noise after each   (Ho et al. 2020)
 #   fast    steps=40    eta=1   the same with longer strides: the default
@@ -142,7 +142,7 @@ def sample(
     """The reverse process (DDPM Algorithm 2; DDIM eq. 12): x (B, ...), noise or x_t, becomes x0.
 
     timesteps replaces steps: pairs (t, t_prev) in descending order; t_prev = -1 is clean data.
-    clip_x0: the data is known to lie in [-1, 1]. order 2 extrapolates x0 from the last two
+    clip_x0 limits each estimate of x0 to [-1, 1]. order 2 extrapolates x0 from the last two
     estimates. generator: one, or one for each image.
     on_step(x, t_prev, x0) returns the x with which the loop continues; x0 is the estimate.
     """

@@ -56,7 +56,7 @@ def main() -> None:
         def on_step(x: Tensor, t_prev: int, x0: Tensor) -> Tensor:
             bar.update()
             if args.gif:
-                trajectory.append(x.cpu())
+                trajectory.append(x.cpu())  # `calls` per batch
             return x
 
         options = {"steps": args.steps, "timesteps": pairs, "eta": args.eta, "order": args.order}

@@ -35,7 +35,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", default="cats", help=f"{', '.join(SIZES)}, or a folder of images (default: cats)")
     add("--out", type=Path, help="the run's folder (default: runs/DATA); the same one resumes")
-    add("--model", help="start from the weights of this model.pt, or of a ready model")
+    add("--model", help="start from the weights of this model.pt, or of a pretrained model")
     add("--steps", type=int, default=3300, help="total; more continue a run (default: 3300)")
     add("--size", type=int, help="pixels (default: the data's own; 64 for a folder)")
     add("--batch", type=int, default=16, help="images in a step (default: 16)")
@@ -128,7 +128,7 @@ def update_ema(ema: nn.Module, network: nn.Module, step: int) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """In bfloat16 convolutions and products have 8 significant bits; weights stay float32."""
+    """In bfloat16, convolutions and products have 8 significant bits; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 

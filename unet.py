@@ -1,10 +1,10 @@
 """The function a diffusion model learns: given a noised image and its time step, predict the noise
 (or v, from which the noise follows: processes.noise_from_v).
 
-This is the U-Net of DDPM (Ho et al. 2020, appendix B) and, by its constructor's arguments alone,
-Stable Diffusion's. It works at several resolutions: on the way down each level halves the image, on
-the way up each level doubles it. Skip connections carry the detail of each resolution across, so
-that low resolutions decide what is there, and high ones exactly where.
+This is the U-Net of DDPM (Ho et al. 2020, appendix B) and, with other arguments, that of Stable
+Diffusion. It works at several resolutions: on the way down each level halves the image, on the way
+up each level doubles it. Skip connections carry the detail of each resolution across, so that low
+resolutions decide what is there, and high ones exactly where.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Time steps (B,) as cosines, then sines of t (B, dim) (Vaswani et al. 2017, section 3.5).
+    """Time steps (B,) -> (B, dim): cosines of t, then sines (Vaswani et al. 2017, section 3.5).
 
     The wavelengths grow geometrically from 2 pi towards 2 pi 10,000 time steps: fast waves
     distinguish neighbouring steps, slow ones early from late.
@@ -31,8 +31,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 class ResBlock(nn.Module):
     """(B, c_in, H, W) -> (B, c_out, H, W): two convolutions, t between them, and a shortcut.
 
-    GroupNorm, because it normalizes each image by itself: the images of a batch have different
-    noise levels.
+    GroupNorm normalizes each image by itself, as the images of a batch have different noise levels.
     """
 
     def __init__(self, c_in: int, c_out: int, t_dim: int | None, groups: int, eps: float = 1e-5):
@@ -79,7 +78,7 @@ class SelfAttention(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(B, C, h, w) -> (B, C, 2 h, 2 w), or cropped: 7 pixels halve to 4, which double to 8."""
+    """(B, C, h, w) -> (B, C, 2 h, 2 w), or cropped: 7 pixels halve to 4, double to 8, crop to 7."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -108,7 +107,7 @@ class UNet(nn.Module):
 
     channels: one number per level; each level is half as high and wide as the one before.
     attention_levels: one flag per level; the middle always has attention. attention_block: a
-    callable (channels, heads, groups) -> module. groups = 1: to normalize few channels at a time
+    callable (channels, heads, groups) -> module. groups is 1, as normalizing few channels at a time
     removes their mean, and with it the image's colour (docs/history.md).
     """
 
