@@ -430,7 +430,7 @@ BAD = [  # the file; its new content, entries or weights, or None: it is missing
     (UNET_FILE, {"block_out_channels": [16] * 1000}, "with block_out_channels"),
     (UNET_FILE, {"block_out_channels": [16, None]}, "with block_out_channels"),
     (UNET_FILE, {"block_out_channels": 16}, "with block_out_channels"),
-    (UNET_FILE, {"attention_head_dim": [5, 10, 20, 20]}, "2.x and XL differ.* attention_head_dim 8"),
+    (UNET_FILE, {"attention_head_dim": [5, 10, 20, 20]}, "XL differ.* attention_head_dim 8"),
     (UNET_FILE, {"attention_head_dim": 5}, "heads that divide the width 16, got 5"),
     (UNET_FILE, {"norm_num_groups": 0}, "with norm_num_groups 32, got 0"),
     (UNET_FILE, {"norm_num_groups": 32}, "divisible by num_groups"),
