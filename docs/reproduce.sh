@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes a ready model anew, as it was made, and measures it: sh docs/reproduce.sh NAME
+# Makes a pretrained model anew, as it was made, and measures it: sh docs/reproduce.sh NAME
 # Repeat the command to resume. The minutes are those of 2 cores of an AMD Zen 5 with bfloat16.
 set -eu
 name=${1:-none}

@@ -1,4 +1,4 @@
-"""Export the ready models for the page: `python web/export.py` writes web/models/.
+"""Export the pretrained models for the page: `python web/export.py` writes web/models/.
 
 Each network becomes an ONNX file for one image at a time, with weights in half precision, and is
 compared with PyTorch. models.json tells the page the rest: sizes, schedules, vocabulary.

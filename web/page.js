@@ -1,4 +1,4 @@
-// The live page: the loop of sampler.js with the ready models, in ONNX Runtime Web.
+// The live page: the loop of sampler.js with the pretrained models, in ONNX Runtime Web.
 
 import * as s from "./sampler.js";
 
