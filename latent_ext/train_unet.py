@@ -28,7 +28,7 @@ from toolbox.models import read, same_network
 from train import autocast, gradient_step, start_run
 from unet import UNet
 
-STEPS, BATCH = 1800, 16
+STEPS, BATCH = 2400, 16
 UNET = {"channels": (64, 128, 160), "attention_levels": (False, True, False), "heads": 4}
 
 
