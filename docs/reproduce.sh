@@ -9,8 +9,8 @@ cats) # 14 minutes, and 3 for the evaluation
     python train.py --steps 9000 --out "$out"
     python evaluate.py --model "$out/model.pt" --out "$out/evaluation.png"
     ;;
-real-cats) # half an hour, and 5 minutes; PHOTOS is the path of a folder of photographs
-    python train.py --data "${PHOTOS:?expected a folder of photographs}" --steps 10000 --out "$out"
+real-cats) # 15 minutes, and 5; PHOTOS is a folder of photographs. The pretrained file is older.
+    python train.py --data "${PHOTOS:?expected a folder}" --schedule cosine --steps 3600 --out "$out"
     python evaluate.py --model "$out/model.pt" --data "$PHOTOS" --out "$out/evaluation.png"
     ;;
 digits) # 6 minutes, and 4
