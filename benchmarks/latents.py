@@ -98,6 +98,8 @@ def main() -> None:
         kid, error = metrics.jackknife(metrics.kernel_distance, features, real)
         print(f"| {name} | {1000 * kid:.0f} +- {1000 * error:.0f} |", flush=True)
         save_grid(from_uint8(x[:64]), args.out / f"{name.replace(' ', '-')}.png")
+    for name, x in images.items():
+        print(f"{name}:")
         report_copies(x, data, held_out)
 
 
