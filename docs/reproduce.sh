@@ -9,8 +9,9 @@ cats) # 13 minutes, and 3 for the evaluation
     python train.py --steps 9000 --out "$out"
     python evaluate.py --model "$out/model.pt" --out "$out/evaluation.png"
     ;;
-real-cats) # 15 minutes, and 5; PHOTOS is a folder of photographs. The pretrained file is older.
-    python train.py --data "${PHOTOS:?expected a folder}" --schedule cosine --steps 3600 --out "$out"
+real-cats) # 15 minutes, and 5; PHOTOS: a folder of photographs. The pretrained file is older.
+    python train.py --data "${PHOTOS:?expected a folder}" --out "$out" \
+        --schedule cosine --steps 3600
     python evaluate.py --model "$out/model.pt" --data "$PHOTOS" --out "$out/evaluation.png"
     ;;
 digits) # 6 minutes, and 4
