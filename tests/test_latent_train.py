@@ -289,3 +289,10 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(main, capsys, words, 
         (Path("same") / f"{i}.txt").write_text("a cat")
     assert sentence in said(lambda: main(*words.split()), capsys)
     assert not Path("out").exists()
+
+
+def test_only_the_vae_needs_no_captions(main):
+    for i, image in enumerate(draw(16, 16)[0]):
+        save_image(to_image(image), Path("silent") / f"{i}.png")
+    main("vae", "--data", "silent", "--steps", "1")
+    assert Path("out/training/vae/model.pt").exists()
