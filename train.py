@@ -25,7 +25,7 @@ LEARNING_RATE = 3e-3
 WARM_UP = 50  # steps
 MAX_GRAD_NORM = 1.0
 LARGE = {  # from 64 pixels on: one more level, and fewer channels at high resolution
-    "channels": (16, 32, 64, 128, 128),
+    "channels": (16, 32, 64, 128, 192),
     "attention_levels": (False, False, False, True, False),
 }
 
