@@ -24,11 +24,11 @@ KL_WEIGHT = 1e-6  # only keeps the latents' variances from vanishing: math.md, s
 PREVIEW_CALLS = 2  # cost of a preview in network calls (measured): reconstruction and grid
 
 
-def train(args: argparse.Namespace, data: Data) -> None:
+def train(args: argparse.Namespace, data: Data, latent_channels: int = 4) -> None:
     torch.manual_seed(args.seed)  # the network's first weights
-    network = VAE(data.channels, channels=CHANNELS)
+    network = VAE(data.channels, latent_channels, CHANNELS)
     side = data.size // network.downsampling
-    z = torch.zeros(1, network.config["latent_channels"], side, side)
+    z = torch.zeros(1, latent_channels, side, side)
     example = torch.zeros(1, *data.images.shape[1:]), z
     config = {"network": network.config}
     held_out = load_data(args.data, data.size, held_out=True)
