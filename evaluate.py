@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from processes import Network, NoiseSchedule
+from processes import Network, NoiseSchedule, snr_pairs
 from toolbox import metrics
 from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
@@ -29,6 +29,7 @@ def main() -> None:
     add("--n", type=int, default=256, help="samples; 2,000 add the Fréchet distance (default: 256)")
     add("--steps", type=int, default=40, help="network calls per sample (default: 40)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
+    add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for photographs")
     add("--seed", type=int, default=0, help="sample i has the seed SEED + i (default: 0)")
     add("--inception", action="store_true", help="add KID and FID on Inception's features")
     add("--out", type=Path, default="evaluation.png", help="the plots (default: evaluation.png)")
@@ -59,7 +60,9 @@ def main() -> None:
     images = evenly_spaced(held_out.images, 256)
     loss = loss_by_level(predict_noise, from_uint8(images).to(device), schedule, levels=25)
     levels = report_loss(loss, schedule, data, images)
-    options = {"schedule": schedule, "device": device, "steps": args.steps, "eta": args.eta}
+    pairs = snr_pairs(schedule, args.steps) if args.order == 2 else None
+    options = {"schedule": schedule, "device": device, "steps": args.steps, "timesteps": pairs}
+    options |= {"eta": args.eta, "order": args.order}
     seeds = range(args.seed, args.seed + args.n)
     samples = generate(predict_noise, data.images.shape[1:], seeds, **options)
     report_quality(samples, classifier, data, held_out)

@@ -25,7 +25,7 @@ def main() -> None:
     add("--n", type=int, default=64, help="how many images (default: 64)")
     add("--steps", type=int, default=40, help="network calls per image (default: 40)")
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
-    add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for few steps")
+    add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for photographs")
     add("--seed", type=int, default=0, help="image i has the seed SEED + i (default: 0)")
     add("--out", default="samples.png", help=".png for a grid, or a folder (default: samples.png)")
     add("--gif", type=Path, help="also write an animation of the grid")

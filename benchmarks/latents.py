@@ -49,7 +49,7 @@ def main() -> None:
     add("--pixels", type=Path, default="runs/pixels/model.pt", help="the model of train.py")
     add("--out", type=Path, default=Path("runs/latents"), help="folder of the trainings")
     add("--vae-steps", type=int, default=9000, help="steps of the VAE (default: 9000)")
-    add("--steps", type=int, default=19000, help="steps of the U-Net on latents (default: 19000)")
+    add("--steps", type=int, default=17000, help="steps of the U-Net on latents (default: 17000)")
     add("--n", type=int, default=1000, help="samples per model (default: 1000)")
     args = parser.parse_args()
     args.device, args.precision, args.seed = pick_device(), None, 0

@@ -68,7 +68,7 @@ def test_it_prints_a_table_and_writes_a_plot(evaluate_here, here):
     with Image.open("evaluation.png") as image:
         assert image.width > 1000 and image.height > 300
     assert evaluate_here("--n", 30).splitlines() == lines  # the same again
-    for flag in (("--seed", 8), ("--steps", 4), ("--eta", 0.5)):
+    for flag in (("--seed", 8), ("--steps", 4), ("--eta", 0.5), ("--order", 2)):
         other = evaluate_here("--n", 30, *flag).splitlines()
         assert other[:3] == lines[:3] and other[8] != lines[8]
     other = evaluate_here("--model", "other.pt")
