@@ -431,6 +431,26 @@ def experiment_steps() -> plt.Figure:
     return figure
 
 
+def experiment_texture() -> None:
+    """How much fine texture do strides lose? For the best network of normal data, in seconds."""
+    schedule = NoiseSchedule.sigmoid()
+    spread = torch.tensor([0.02, 0.05, 0.1, 0.2], dtype=torch.float64)  # standard deviations of x0
+
+    def predict_noise(x: Tensor, t: Tensor) -> Tensor:
+        """Of each column by itself: math.md (13)."""
+        alpha_bar = schedule.alpha_bar_at(t, x)
+        return (1 - alpha_bar).sqrt() * x / (alpha_bar * spread**2 + 1 - alpha_bar)
+
+    print("| calls | eta | order |", " | ".join(f"{x:g}" for x in spread), "|\n" + "|---" * 7 + "|")
+    for order, eta, steps in ((1, 1, 40), (1, 1, 120), (1, 0, 40), (2, 1, 40), (2, 0, 40)):
+        pairs = timestep_pairs(schedule.T, steps) if order == 1 else snr_pairs(schedule, steps)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(50_000, len(spread), generator=generator, dtype=torch.float64)
+        x0 = sample(predict_noise, x, schedule, steps, eta, pairs, False, order, generator)
+        kept = " | ".join(f"{100 * share:.0f} %" for share in x0.std(0) / spread)
+        print(f"| {steps} | {eta} | {order} | {kept} |")
+
+
 def labelled(rows: Rows) -> Image.Image:
     """One image of all rows, with each row's name to its left."""
     images = grid(torch.cat([*rows.values()]), COLUMNS)

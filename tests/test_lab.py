@@ -11,11 +11,12 @@ from conftest import ROOT
 from PIL import Image
 
 from docs import homework, lab
+from processes import NoiseSchedule
 from toolbox.cats import draw
 from toolbox.files import UserError
 
 LAB = (ROOT / "docs/lab.md").read_text("utf-8")
-MEASURED = ("loss", "steps")  # with the pretrained model
+MEASURED = ("loss", "steps", "texture")  # for results.md
 
 
 def run(module, monkeypatch, *words):
@@ -52,6 +53,23 @@ def test_what_is_measured_of_the_pretrained_model(here, monkeypatch, capsys):
     run(lab, monkeypatch, "steps")
     assert Image.open(here / "runs/lab/lab-steps.png").width == 1000
     assert len(re.findall(r"^\| [12] \| [01] \|", capsys.readouterr().out, re.MULTILINE)) == 8
+
+
+def test_strides_lose_as_much_texture_as_their_factors_say(monkeypatch, capsys):
+    """Each DDIM stride multiplies x by a number; of 40, the product is the spread that is left."""
+    run(lab, monkeypatch, "texture")
+    lines = capsys.readouterr().out.splitlines()
+    _, _, *spread = (cell.strip() for cell in lines[0].strip("|").split("|"))
+    c = torch.tensor([float(x) for x in spread[1:]], dtype=torch.float64)
+    alpha_bar = [*NoiseSchedule.sigmoid().alpha_bar.tolist(), 1.0]
+    left = torch.ones_like(c)
+    for t in range(999, 0, -25):
+        a, b = alpha_bar[t], alpha_bar[t - 25]
+        left *= ((a * b) ** 0.5 * c**2 + ((1 - a) * (1 - b)) ** 0.5) / (a * c**2 + 1 - a)
+    rows = {line[2:13]: re.findall(r"(\d+) %", line) for line in lines[2:]}
+    measured = {name: torch.tensor([int(x) for x in row]) for name, row in rows.items()}
+    torch.testing.assert_close(measured["40 | 0 | 1 "].double(), 100 * left / c, atol=1.5, rtol=0)
+    assert (measured["40 | 1 | 2 "] > measured["40 | 1 | 1 "] + 10).all()
 
 
 def test_each_experiment_is_on_the_page_and_each_on_the_page_exists(monkeypatch, capsys):
