@@ -14,7 +14,7 @@ from toolbox.data import SIZES, Data, from_uint8, load_data, to_uint8
 from toolbox.device import pick_device
 from toolbox.files import UserError, check_number, check_writable, printable, user_errors
 from toolbox.images import loss_by_level, plot_evaluation
-from toolbox.metrics import FeatureNet, Inception, evenly_spaced
+from toolbox.metrics import FeatureNet, evenly_spaced
 from toolbox.models import default_model, load_model, predict_noise_of
 from toolbox.seeds import sample_seeds
 
@@ -31,7 +31,6 @@ def main() -> None:
     add("--eta", type=float, default=1.0, help="fresh noise: 1 DDPM, 0 DDIM (default: 1)")
     add("--order", type=int, default=1, choices=[1, 2], help="2: second order, for photographs")
     add("--seed", type=int, default=0, help="sample i has the seed SEED + i (default: 0)")
-    add("--inception", action="store_true", help="add KID and FID on Inception's features")
     add("--out", type=Path, default="evaluation.png", help="the plots (default: evaluation.png)")
     add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
@@ -42,7 +41,6 @@ def main() -> None:
     network, schedule, config = load_model(model, device)
     check_number("--steps", args.steps, 1, schedule.T)
     check_writable(args.out, ".png")
-    inception = [Inception()] if args.inception else []
 
     name = config["data"] if args.data is None else args.data
     if args.data is None and name not in SIZES:
@@ -66,8 +64,7 @@ def main() -> None:
     seeds = range(args.seed, args.seed + args.n)
     samples = generate(predict_noise, data.images.shape[1:], seeds, **options)
     report_quality(samples, classifier, data, held_out)
-    for extractor in [classifier, *inception]:
-        report_distances(samples, extractor, data)
+    report_distances(samples, classifier, data)
     neighbours, rms = report_copies(samples, data, held_out)
     plot_evaluation(levels, from_uint8(samples), from_uint8(neighbours), rms, args.out)
     print(f"wrote {args.out}")
@@ -116,17 +113,17 @@ def report_quality(samples: Tensor, network: FeatureNet, data: Data, held_out: D
         print(f"{name:34}{ours:>16}{theirs:>24}")
 
 
-def report_distances(samples: Tensor, network: FeatureNet | Inception, data: Data) -> None:
+def report_distances(samples: Tensor, network: FeatureNet, data: Data) -> None:
     """Print KID and Fréchet distance to real images, also for as many other real images."""
     real, others = metrics.split(data.images, len(samples))
     ours, theirs, b = (network.extract_features(images) for images in (samples, real, others))
     distances = {"KID x 1000": lambda a, b: 1000 * metrics.kernel_distance(a, b)}
     if min(len(ours), len(b)) >= metrics.FRECHET_FROM:
-        distances[network.frechet] = metrics.frechet_distance
+        distances["Fréchet distance"] = metrics.frechet_distance
     for name, distance in distances.items():
         results = (metrics.jackknife(distance, a, b) for a in (ours, theirs))
         one, zero = (f"{value:.1f} +- {error:.1f}" for value, error in results)
-        print(f"{f'{name} ({network.name})':34}{one:>16}{zero:>24} ({len(theirs)} real images)")
+        print(f"{f'{name} (our features)':34}{one:>16}{zero:>24} ({len(theirs)} real images)")
 
 
 def report_copies(samples: Tensor, data: Data, held_out: Data) -> tuple[Tensor, dict[str, Tensor]]:
