@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import train
 from toolbox.cats import draw
 from toolbox.files import user_errors
 from toolbox.images import save_image, to_image
+from toolbox.run import generator_for
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,23 @@ def random_unet(std=0.1):
     for w in network.parameters():
         torch.nn.init.normal_(w, std=std)
     return network
+
+
+def redraw(seed, step, data, schedule, batch=4):
+    """All that is random in a training step, again: from (seed, step), and in this order.
+
+    What else a training draws comes from `generator` next.
+    """
+    generator = generator_for(seed, step)
+    indices = torch.randint(len(data.images), (batch,), generator=generator)
+    flipped = torch.rand(batch, generator=generator) < 0.5
+    first = torch.randint(schedule.T, (), generator=generator)
+    t = (first + torch.arange(batch) * schedule.T // batch) % schedule.T
+    x0 = data.batch(indices, flipped & data.hflip)
+    noise = torch.randn(x0.shape, generator=generator)
+    a = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    return SimpleNamespace(indices=indices, t=t, noise=noise, x_t=x_t, generator=generator)
 
 
 def call(main, monkeypatch, capsys, flags, *words):
