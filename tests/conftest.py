@@ -14,7 +14,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import toolbox.run
 import train
-from toolbox.cats import draw
+from toolbox.cats import ATTRIBUTES, draw
+from toolbox.data import Data, to_uint8
 from toolbox.files import user_errors
 from toolbox.images import save_image, to_image
 from toolbox.run import generator_for
@@ -75,6 +76,13 @@ def train_here(photos, monkeypatch, capsys):
     monkeypatch.setattr(toolbox.run, "SAVE_EVERY", 0)
     monkeypatch.setattr(train, "log_samples", lambda run, predict_noise, schedule: None)
     return lambda *words: call(train.main, monkeypatch, capsys, FLAGS, *words)
+
+
+def cats(n, size, start=0, name="cats"):
+    """As load_data has them, but only some."""
+    images, labels, captions = draw(n, size, start=start)
+    labels = torch.stack([*labels.values()], dim=1)
+    return Data(name, to_uint8(images), ATTRIBUTES, labels, captions)
 
 
 def random_unet(std=0.1):

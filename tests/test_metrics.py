@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import cats
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -186,11 +187,6 @@ def test_the_judge_by_hand():
 # ---- the classifier: trained, stored, found again ------------------------------------------------
 
 
-def drawn(name="small", n=64, size=16, start=0):
-    images, labels, _ = draw(n, size, start=start)
-    return Data(name, to_uint8(images), ATTRIBUTES, torch.stack([*labels.values()], dim=1))
-
-
 def test_a_classifier_is_trained_once_for_each_kind_of_data(here, monkeypatch):
     trained, train = [], metrics.train_feature_net
     short = lambda data: trained.append(data) or train(data, steps=2, batch=8)  # noqa: E731
@@ -201,7 +197,7 @@ def test_a_classifier_is_trained_once_for_each_kind_of_data(here, monkeypatch):
         metrics.feature_net(data)
         return len(trained) - before
 
-    data = drawn()
+    data = cats(64, 16, name="small")
     first, again = metrics.feature_net(data), metrics.feature_net(data)
     assert len(trained) == 1 and not first.training and not again.training
     features = first.extract_features(data.images)
@@ -214,7 +210,7 @@ def test_a_classifier_is_trained_once_for_each_kind_of_data(here, monkeypatch):
     pixel = data.images.clone()
     pixel[..., 5, 5] = 255  # a single one, of all images
     labels = torch.arange(64)[:, None] % 2
-    others = [Data("small", pixel, ATTRIBUTES, data.labels), Data("small", pixel), drawn(size=8)]
+    others = [Data("small", pixel, ATTRIBUTES, data.labels), Data("small", pixel), cats(64, 8)]
     others += [Data("small", pixel, {"class": names}, labels) for names in ("ab", "ba")]
     for other in others:
         assert [trainings(other), trainings(other)] == [1, 0]
@@ -320,7 +316,7 @@ def test_the_pretrained_judge_notices_damages_that_it_has_never_seen(here, monke
     images = torch.cat([render(few[i : i + 64], 32) for i in range(0, len(few), 64)])
     labels = [[ATTRIBUTES[name].index(cat[name]) for name in ATTRIBUTES] for cat in few]
     data = Data("cats", to_uint8(images), ATTRIBUTES, torch.tensor(labels))
-    held_out = drawn("cats", 500, 32, DRAWN_CATS)
+    held_out = cats(500, 32, start=DRAWN_CATS)
     judge = Judge(metrics.feature_net(data), data, held_out)
     extract = judge.network.extract_features
 
