@@ -143,13 +143,11 @@ def start(here):
         program.communicate()
 
 
-def command(*words, check=True):
-    """A program as a user types it: command("train.py", ...), command("-m", "latent_ext.train")."""
-    program = [] if words[0] == "-m" else [str(ROOT / words[0])]
-    words = [sys.executable, *program, *map(str, words[len(program) :])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the tests' own folder is another one
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
-    assert not check or result.returncode == 0, result.stderr
+def command(program, *words):
+    """A program as a user types it: command("sample.py", "--n", 2)."""
+    words = [sys.executable, str(ROOT / program), *map(str, words)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
     return result
 
 

@@ -289,13 +289,11 @@ def mean_log_equal():
 
 
 FIGURES = {  # words of the page -> the numbers in them
-    "| linear (DDPM) | {:.5f} | {:.4f} | {:.7f} | {:g} |": levels("linear"),
-    "| scaled linear (Stable Diffusion) | {:.5f} | {:.4f} | {:.5f} | {:g} |": levels(
-        "scaled_linear"
-    ),
-    "| cosine (Nichol & Dhariwal) | {:.5f} | {:.4f} | {:.10f} | {:,g} |": levels("cosine"),
-    "| sigmoid (Jabri et al. 2022), ours | {:.5f} | {:.4f} | {:.9f} | {:,g} |": levels("sigmoid"),
-    "| flow (Lipman et al. 2023) | {:.6f} | {:.4f} | {:.9f} | {:,g} |": levels("flow"),
+    "linear (DDPM) | {:.5f} | {:.4f} | {:.7f} | {:g} |": levels("linear"),
+    "(Stable Diffusion) | {:.5f} | {:.4f} | {:.5f} | {:g} |": levels("scaled_linear"),
+    "cosine (Nichol & Dhariwal) | {:.5f} | {:.4f} | {:.10f} | {:,g} |": levels("cosine"),
+    "sigmoid (Jabri et al. 2022), ours | {:.5f} | {:.4f} | {:.9f} | {:,g} |": levels("sigmoid"),
+    "flow (Lipman et al. 2023) | {:.6f} | {:.4f} | {:.9f} | {:,g} |": levels("flow"),
     "{:.1f} % of the steps of the linear schedule": [ends("linear")],
     "{:.1f} % of the cosine's, {:.1f} % of the sigmoid's": [ends("cosine"), ends("sigmoid")],
     "The weight is {:.1f} at t = 1": [weight_of(1, NoiseSchedule.linear())],
