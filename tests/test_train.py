@@ -5,19 +5,20 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, Evil, checkpoint, contents, flat, pixels, said
+from conftest import TINY, Evil, checkpoint, contents, flat, pixels, redraw, said
 
 import toolbox.device
 import toolbox.run
 import toolbox.timing
 import train
 from processes import NoiseSchedule, noise_from_v
-from toolbox.data import Data, from_uint8, load_data
+from toolbox.data import Data, load_data
 from toolbox.device import pick_device
 from toolbox.files import UserError
 from toolbox.images import grid
@@ -71,9 +72,10 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     torch.testing.assert_close([*ema.parameters()], expected, **same)
 
 
-def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
-    """math.md (7). All that is random in step k is drawn again here: from (seed, k), in order."""
-    asked = []
+@pytest.mark.parametrize("hflip", [True, False])
+def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch, hflip):
+    """math.md (7)"""
+    data, asked = replace(load_data("photos", 16), hflip=hflip), []
 
     class Asked(UNet):
         def forward(self, x, t, context=None):
@@ -81,22 +83,22 @@ def test_the_loss_is_that_of_the_noise_in_x_t_at_t(train_here, monkeypatch):
             return asked[-1][-1]
 
     monkeypatch.setattr(train, "UNet", lambda *channels: Asked(*channels, **TINY))
-    out = train_here("--steps", 2, "--seed", 5, "--out", None)
-    images, losses = from_uint8(load_data("photos", 16).images), []
+    monkeypatch.setattr(train, "load_data", lambda *_: data)
+    out, losses = train_here("--steps", 2, "--seed", 5, "--out", None), []
     for step, (x, t, v) in enumerate(asked[-2:]):
-        generator = generator_for(5, step)
-        x0 = images[torch.randint(len(images), (4,), generator=generator)]
-        flipped = torch.rand(4, generator=generator) < 0.5
-        x0[flipped] = x0[flipped].flip(-1)
-        first = torch.randint(1000, (), generator=generator).item()
-        assert t.tolist() == [(first + 250 * i) % 1000 for i in range(4)]
-        noise = torch.randn(4, 3, 16, 16, generator=generator)
+        drawn = redraw(5, step, data, NoiseSchedule.sigmoid())
+        torch.testing.assert_close((x, t), (drawn.x_t, drawn.t))
         a = NoiseSchedule.sigmoid().alpha_bar[t].view(-1, 1, 1, 1)
-        torch.testing.assert_close(x, a.sqrt() * x0 + (1 - a).sqrt() * noise)
-        losses.append(F.mse_loss((1 - a).sqrt() * x + a.sqrt() * v, noise).item())
+        losses.append(F.mse_loss((1 - a).sqrt() * x + a.sqrt() * v, drawn.noise).item())
     history = checkpoint("runs/photos")["history"]
     assert history == [(2, pytest.approx(sum(losses) / 2, rel=1e-5))]
     assert "steps 0 to 2 of 4 images" in out and "photos: 12 of 3x16x16" in out
+
+
+def test_no_two_steps_draw_the_same():
+    """(seed << 32) + step would not do: PyTorch's CPU generator reads 32 bits."""
+    seeds = {generator_for(seed, step).initial_seed() for seed in range(20) for step in range(50)}
+    assert len(seeds) == 1000 and 2**31 < max(seeds) < 2**32
 
 
 @pytest.mark.parametrize(("size", "seed"), [(63, 0), (64, 0), (64, 1)])
@@ -117,35 +119,12 @@ def test_the_network_depends_on_the_size_and_starts_from_the_seed(
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def tiny_run(steps=1000, images=None, hflip=True, precision="float32"):
-    torch.manual_seed(0)
+def tiny_run(steps=1000, precision="float32"):
     network, cpu = UNet(**TINY), torch.device("cpu")
-    images = torch.zeros(40, 3, 8, 8, dtype=torch.uint8) if images is None else images
     config = model_config(network, NoiseSchedule.linear(), 8, "test")
     parts = network, copy.deepcopy(network), train.make_optimizers(network)
-    data = Data("test", images, hflip=hflip)
+    data = Data("test", torch.zeros(40, 3, 8, 8, dtype=torch.uint8))
     return Run(toolbox.run.Path("run"), *parts, data, config, {}, steps, 8, 0, cpu, precision)
-
-
-@pytest.mark.parametrize("hflip", [True, False])
-def test_time_steps_images_and_noise_are_uniform_and_complete(here, hflip):
-    """Each index 0 .. T-1 is trained, each image shown, half of them flipped; no step repeats."""
-    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 8, 8).clone()
-    images[..., 0] = 255  # the left edge: bright; flipped: the right one
-    run, times, shown, flipped, noises = tiny_run(1500, images, hflip), [], [], 0, []
-    for x0 in run.batches():
-        times += run.timesteps(1000).tolist()
-        noises += run.randn_like(x0)[:, 0, 0, 0].tolist()
-        shown += ((x0[:, 0, 0, 3] + 1) * 127.5).round().tolist()
-        flipped += (x0[:, 0, 0, 7] == 1).sum().item()
-        run.step += 1
-    assert set(times) == set(range(1000)) and abs(sum(times) / 12_000 - 499.5) < 12
-    assert set(shown) == set(range(40)) and abs(sum(shown) / 12_000 - 19.5) < 0.5
-    assert abs(flipped / 12_000 - 0.5) < 0.02 if hflip else flipped == 0
-    assert len(set(noises)) > 11_900 and abs(torch.tensor(noises).std() - 1) < 0.03
-    # (seed << 32) + step would not do: PyTorch's CPU generator reads 32 bits.
-    seeds = {generator_for(seed, step).initial_seed() for seed in range(20) for step in range(50)}
-    assert len(seeds) == 1000 and 2**31 < max(seeds) < 2**32
 
 
 def test_the_log_has_the_mean_loss_of_each_ten_steps_and_is_saved_when_due(here, monkeypatch):

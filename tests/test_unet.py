@@ -14,6 +14,7 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out":
 
 
 def judge_for(config):
+    """diffusers' network by the numbers that a model file has, too."""
     attention = config["attention_levels"]
     network = UNet2DModel(
         in_channels=config["in_channels"],
@@ -77,21 +78,10 @@ def test_the_timestep_embedding_is_its_formula_cosines_first():
 
 def test_at_first_each_block_passes_its_input_on_and_the_network_ignores_it():
     x, t = torch.randn(2, 8, 5, 5), torch.randn(2, 16)
-    for block in (ResBlock(8, 8, 16, groups=4), SelfAttention(8, heads=2, groups=4)):
-        added = block(x, t) - x if isinstance(block, ResBlock) else block(x) - x
-        assert added.std((0, 2, 3)).max() < 1e-6  # a bias at most
+    for y in (ResBlock(8, 8, 16, groups=4)(x, t), SelfAttention(8, heads=2, groups=4)(x)):
+        assert (y - x).std((0, 2, 3)).max() < 1e-6  # a bias at most is added
     network = UNet(**SMALL)
     assert network(torch.randn(2, 3, 16, 16), torch.tensor([1, 500])).std((0, 2, 3)).max() == 0
-    zeros = {name for name, w in network.named_parameters() if w.ndim > 1 and not w.any()}
-    ends = ("conv2.weight", "attn.out.weight", "conv_out.weight")
-    assert zeros == {name for name, _ in network.named_parameters() if name.endswith(ends)}
-
-
-def test_the_configuration_rebuilds_the_network():
-    network = UNet(1, 2, (8, 16), 2, (True, False), 4, 8)
-    again = UNet(**network.config)
-    again.load_state_dict(network.state_dict())
-    assert again.config == network.config and network.config["channels"] == [8, 16]
 
 
 @pytest.mark.parametrize("size", [(28, 28), (7, 30), (1, 2)])
