@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -48,11 +49,10 @@ def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """
     texts, rows = {"": 0}, {}
     for caption in dict.fromkeys(captions):
-        head, *clauses = re.split(r" (?=with |on )", caption)
+        head, *clauses = re.split(r" (?=with |on )", caption)[:3]
         variants = [caption]
-        for kept in range(2 ** min(len(clauses), 2) - 1):  # its bits say which clauses stay
-            chosen = [clause for i, clause in enumerate(clauses) if kept >> i & 1]
-            variants.append(" ".join([head, *chosen]))
+        for kept in range(len(clauses)):
+            variants += [" ".join([head, *some]) for some in combinations(clauses, kept)]
         half = VARIANTS // 2
         variants = [caption] * half + [variants[i % len(variants)] for i in range(half)]
         rows[caption] = [texts.setdefault(variant, len(texts)) for variant in variants]
