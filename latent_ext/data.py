@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latent_ext.vae import VAE
-from toolbox.data import Data, from_uint8
+from toolbox.data import Data, evenly_spaced, from_uint8
 
 VARIANTS = 8  # of each caption
 
@@ -30,9 +30,8 @@ def select(data: Data, mask: Tensor) -> Data:
 
 
 def preview_indices(data: "Data | Latents") -> Tensor:
-    """Indices of 36 evenly spaced images (a folder of classes is sorted)."""
-    n = len(data.images)
-    return torch.linspace(0, n - 1, min(36, n)).long()
+    """Indices of 36 evenly spaced images."""
+    return evenly_spaced(torch.arange(len(data.images)), 36)
 
 
 def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:

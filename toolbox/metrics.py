@@ -18,7 +18,7 @@ from torchvision.ops import Conv2dNormActivation as Conv
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from toolbox.data import CACHE, Data, from_uint8, to_uint8
+from toolbox.data import CACHE, Data, evenly_spaced, from_uint8, to_uint8
 from toolbox.files import UserError
 from toolbox.models import PRETRAINED, read, write
 
@@ -308,8 +308,3 @@ def nearest_neighbours(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
 def split(images: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """n real images (or as many as there are), and others to compare them with."""
     return evenly_spaced(images[::2], n), evenly_spaced(images[1::2], MAX_REAL)
-
-
-def evenly_spaced(images: Tensor, at_most: int) -> Tensor:
-    """Evenly spaced images, so of all classes: a folder is sorted by class."""
-    return images[torch.linspace(0, len(images) - 1, min(at_most, len(images))).long()]
