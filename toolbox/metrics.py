@@ -5,17 +5,15 @@ answers. If a cat moves by one pixel, its pixels change a lot and its features l
 uint8 (N, C, H, W), as in Data; "math.md (14)" is an equation of docs/math.md.
 """
 
-import io
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
+from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.ops import Conv2dNormActivation as Conv
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from toolbox.data import CACHE, Data, evenly_spaced, from_uint8, to_uint8
@@ -147,9 +145,8 @@ def corrupt(image: Tensor, kind: str, other: Tensor) -> Tensor:
     """Compress (C, H, W), paste a rectangle (from itself or `other`), draw lines, or fade it."""
     size = image.shape[-1]
     if kind == "jpeg":
-        file, quality = io.BytesIO(), int(torch.randint(30, 80, ()))
-        to_pil_image(to_uint8(image)).save(file, "JPEG", quality=quality)
-        return from_uint8(pil_to_tensor(Image.open(file)))
+        quality = int(torch.randint(30, 80, ()))
+        return from_uint8(decode_jpeg(encode_jpeg(to_uint8(image), quality)))
     if kind in ("moved", "pasted"):
         height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
         top, left = (int(torch.randint(size - side + 1, ())) for side in (height, width))
@@ -263,14 +260,8 @@ class LinearDenoiser:
         halves = (evenly_spaced(images[i::2], at_most) for i in (0, 1))
         images, others = (from_uint8(half).flatten(1) for half in halves)
         self.mean = images.mean(0)
-        centred = images - self.mean  # (n, d)
-        n, d = centred.shape
-        if n > d:
-            self.directions = torch.linalg.eigh(centred.T @ centred).eigenvectors
-        else:  # the Gram matrix is smaller: if X X' v = l v, then X'v is an eigenvector of X'X
-            values, vectors = torch.linalg.eigh(centred @ centred.T)
-            strong = values > 1e-6 * values[-1]
-            self.directions = centred.T @ vectors[:, strong] / values[strong].sqrt()  # (d, <= n)
+        # The eigenvectors of the covariance matrix, as columns: (d, min(n, d)).
+        self.directions = torch.linalg.svd(images - self.mean, full_matrices=False).Vh.T
         # Along its own directions a small set varies too much, and not at all along all others:
         # measure on other images.
         self.variances = self.project(others)
