@@ -5,15 +5,17 @@ answers. If a cat moves by one pixel, its pixels change a lot and its features l
 uint8 (N, C, H, W), as in Data; "math.md (14)" is an equation of docs/math.md.
 """
 
+import io
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import decode_jpeg, encode_jpeg
 from torchvision.ops import Conv2dNormActivation as Conv
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from toolbox.data import CACHE, Data, evenly_spaced, from_uint8, to_uint8
@@ -145,8 +147,9 @@ def corrupt(image: Tensor, kind: str, other: Tensor) -> Tensor:
     """Compress (C, H, W), paste a rectangle (from itself or `other`), draw lines, or fade it."""
     size = image.shape[-1]
     if kind == "jpeg":
-        quality = int(torch.randint(30, 80, ()))
-        return from_uint8(decode_jpeg(encode_jpeg(to_uint8(image), quality)))
+        file, quality = io.BytesIO(), int(torch.randint(30, 80, ()))
+        to_pil_image(to_uint8(image)).save(file, "JPEG", quality=quality)
+        return from_uint8(pil_to_tensor(Image.open(file)))
     if kind in ("moved", "pasted"):
         height, width = torch.randint(size // 5, size // 2 + 1, (2,)).tolist()
         top, left = (int(torch.randint(size - side + 1, ())) for side in (height, width))
