@@ -75,9 +75,9 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
     file = weights_file(path / part) if is_folder else path
     layout, prefix = (DIFFUSERS, "") if is_folder else (COMPVIS, PREFIX[part])
     tensors, entries = modern_names(read_tensors(file), prefix), read_entries(path, name)
-    first = tensors.get("input_blocks.0.0.weight")  # of a single file's U-Net
-    if first is not None and first.shape[1:2] == (9,):
-        entries |= {"in_channels": 9}  # it was trained for inpainting
+    conv_in = tensors.get("input_blocks.0.0.weight")  # of a single file's U-Net
+    if conv_in is not None and conv_in.shape[1:2] == (9,):
+        entries = entries | {"in_channels": 9}  # it was trained for inpainting
     ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
     kinds = ours.get("attention_levels", [])
     ours["attention_levels"] = [kind == "CrossAttnDownBlock2D" for kind in kinds]
@@ -183,7 +183,7 @@ def read_entries(path: Path, name: str) -> dict:
     v1.5's replace missing ones; a single file has v1.5's.
     """
     if not path.is_dir():
-        return dict(V1_5[name])
+        return V1_5[name]
     file = path / name
     with system_errors(file):
         content = file.read_bytes()
