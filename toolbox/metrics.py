@@ -264,7 +264,7 @@ class LinearDenoiser:
         images, others = (from_uint8(half).flatten(1) for half in halves)
         self.mean = images.mean(0)
         # The eigenvectors of the covariance matrix, as columns: (d, min(n, d)).
-        self.directions = torch.linalg.svd(images - self.mean, full_matrices=False).Vh.T
+        self.directions = torch.linalg.svd((images - self.mean).T, full_matrices=False).U
         # Along its own directions a small set varies too much, and not at all along all others:
         # measure on other images.
         self.variances = self.project(others)
