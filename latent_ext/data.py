@@ -3,13 +3,14 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from latent_ext.vae import VAE
-from toolbox.data import Data, from_uint8
+from toolbox.data import Data, evenly_spaced, from_uint8
 
 VARIANTS = 8  # of each caption
 
@@ -29,9 +30,8 @@ def select(data: Data, mask: Tensor) -> Data:
 
 
 def preview_indices(data: "Data | Latents") -> Tensor:
-    """Indices of 36 evenly spaced images (a folder of classes is sorted)."""
-    n = len(data.images)
-    return torch.linspace(0, n - 1, min(36, n)).long()
+    """Indices of 36 evenly spaced images."""
+    return evenly_spaced(torch.arange(len(data.images)), 36)
 
 
 def unique_captions(captions: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -48,11 +48,10 @@ def caption_variants(captions: Sequence[str]) -> tuple[list[str], Tensor]:
     """
     texts, rows = {"": 0}, {}
     for caption in dict.fromkeys(captions):
-        head, *clauses = re.split(r" (?=with |on )", caption)
+        head, *clauses = re.split(r" (?=with |on )", caption)[:3]
         variants = [caption]
-        for kept in range(2 ** min(len(clauses), 2) - 1):  # its bits say which clauses stay
-            chosen = [clause for i, clause in enumerate(clauses) if kept >> i & 1]
-            variants.append(" ".join([head, *chosen]))
+        for kept in range(len(clauses)):
+            variants += [" ".join([head, *some]) for some in combinations(clauses, kept)]
         half = VARIANTS // 2
         variants = [caption] * half + [variants[i % len(variants)] for i in range(half)]
         rows[caption] = [texts.setdefault(variant, len(texts)) for variant in variants]

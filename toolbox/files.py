@@ -77,6 +77,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def check_writable(path: Path, suffix: str = "") -> None:
     """Raise an error before the work, not after it, if this file cannot be written."""
     if suffix and path.suffix.lower() != suffix:

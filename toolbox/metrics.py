@@ -18,7 +18,7 @@ from torchvision.ops import Conv2dNormActivation as Conv
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from toolbox.data import CACHE, Data, from_uint8, to_uint8
+from toolbox.data import CACHE, Data, evenly_spaced, from_uint8, to_uint8
 from toolbox.files import UserError
 from toolbox.models import PRETRAINED, read, write
 
@@ -263,14 +263,8 @@ class LinearDenoiser:
         halves = (evenly_spaced(images[i::2], at_most) for i in (0, 1))
         images, others = (from_uint8(half).flatten(1) for half in halves)
         self.mean = images.mean(0)
-        centred = images - self.mean  # (n, d)
-        n, d = centred.shape
-        if n > d:
-            self.directions = torch.linalg.eigh(centred.T @ centred).eigenvectors
-        else:  # the Gram matrix is smaller: if X X' v = l v, then X'v is an eigenvector of X'X
-            values, vectors = torch.linalg.eigh(centred @ centred.T)
-            strong = values > 1e-6 * values[-1]
-            self.directions = centred.T @ vectors[:, strong] / values[strong].sqrt()  # (d, <= n)
+        # The eigenvectors of the covariance matrix, as columns: (d, min(n, d)).
+        self.directions = torch.linalg.svd((images - self.mean).T, full_matrices=False).U
         # Along its own directions a small set varies too much, and not at all along all others:
         # measure on other images.
         self.variances = self.project(others)
@@ -308,8 +302,3 @@ def nearest_neighbours(images: Tensor, data: Data) -> tuple[Tensor, Tensor]:
 def split(images: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """n real images (or as many as there are), and others to compare them with."""
     return evenly_spaced(images[::2], n), evenly_spaced(images[1::2], MAX_REAL)
-
-
-def evenly_spaced(images: Tensor, at_most: int) -> Tensor:
-    """Evenly spaced images, so of all classes: a folder is sorted by class."""
-    return images[torch.linspace(0, len(images) - 1, min(at_most, len(images))).long()]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from processes import NoiseSchedule, noise_from_v, noise_from_velocity
-from toolbox.files import UserError, atomic_write, system_errors
+from toolbox.files import UserError, system_errors, write_file
 from unet import UNet
 
 FORMAT = 3
@@ -140,8 +140,7 @@ def write(path: Path, content: dict) -> None:
     """torch.save, all or nothing."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def verify_checksum(path: Path) -> None:

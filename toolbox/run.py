@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from toolbox.data import Data
 from toolbox.device import PROCESSES, RANK, all_reduce_mean, tune_malloc
-from toolbox.files import UserError, atomic_write, check_number, lock_folder
+from toolbox.files import UserError, check_number, lock_folder, write_file
 from toolbox.models import read, same_network, save_model, write
 
 PREVIEWS = 5  # how often a run shows what it has learned,
@@ -153,8 +153,7 @@ class Run:
             return
         save_model(self.folder / "model.pt", self.ema, self.config)
         lines = ["step,loss\n", *(f"{step},{loss:.6f}\n" for step, loss in self.history)]
-        with atomic_write(self.folder / "log.csv") as temporary:
-            temporary.write_text("".join(lines))
+        write_file(self.folder / "log.csv", "".join(lines).encode())
         content = {name: getattr(self, name) for name in ("settings", *RESUMED)}
         content |= {"network": self.network.state_dict(), "ema": self.ema.state_dict()}
         content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
