@@ -4,6 +4,7 @@ Radford et al. 2021: the vector of an image points where the vector of its capti
 Diffusion needs only the text encoder: its output at each token is the context of the U-Net.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,15 +58,16 @@ class Tokenizer:
         return cls(rules, length or min(max(20, longest + 2), 77))
 
     @classmethod
-    def of_clip(cls, merges: Sequence[str], length: int) -> "Tokenizer":
+    def of_clip(cls, merges: Sequence[str], vocabulary: dict[str, int], length: int) -> "Tokenizer":
         """CLIP's byte-pair encoding. Each line of merges ("th e</w>") joins two tokens into one.
 
-        </w> ends a word. The vocabulary follows: bytes, bytes that end a word, joined tokens.
+        </w> ends a word. If the vocabulary is empty, tokens are numbered in CLIP's order.
         """
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
-        joined = [line.replace(" ", "") for line in merges]
-        tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *joined, START, END]
-        vocabulary = {token: i for i, token in enumerate(tokens)}
+        if not vocabulary:
+            alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a character for each byte
+            joined = [line.replace(" ", "") for line in merges]
+            tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *joined, START, END]
+            vocabulary = {token: i for i, token in enumerate(tokens)}
         pairs = [tuple(line.split(" ")) for line in merges]
         rules = Rules(models.BPE(vocabulary, pairs, unk_token=END, end_of_word_suffix="</w>"))
         to_spaces = normalizers.Replace(Regex(r"\s+"), " ")
@@ -79,16 +81,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, length: int) -> "Tokenizer":
-        """Read a tokenizer.json, or CLIP's merges.txt."""
-        path = folder / "tokenizer.json"
+        """Read a tokenizer.json, or CLIP's merges.txt with or without its vocab.json."""
+        path, vocabulary = folder / "tokenizer.json", folder / "vocab.json"
         try:
             if path.exists():
                 rules = Rules.from_file(str(path))
                 rules.encode("?")  # fails if unknown words have no token
                 return cls(rules, length)
             path = folder / "merges.txt"
+            tokens = json.loads(vocabulary.read_text("utf-8")) if vocabulary.exists() else {}
             merges = path.read_text("utf-8").split("\n")[1:]  # the first line is a title
-            return cls.of_clip([line for line in merges if line], length)
+            return cls.of_clip([line for line in merges if line], tokens, length)
         except Exception as error:  # the library raises nothing more specific
             raise UserError(
                 f"{path}: not a tokenizer of CLIP or of this repository ({error}); the folder "

@@ -71,13 +71,14 @@ def load(
 
 def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Module:
     """One of the three networks, from the folder or from the single file."""
-    name, is_folder = f"{part}/config.json", path.is_dir()
-    file = weights_file(path / part) if is_folder else path
-    layout, prefix = (DIFFUSERS, "") if is_folder else (COMPVIS, PREFIX[part])
-    tensors, entries = modern_names(read_tensors(file), prefix), read_entries(path, name)
-    conv_in = tensors.get("input_blocks.0.0.weight")  # of a single file's U-Net
-    if conv_in is not None and conv_in.shape[1:2] == (9,):
-        entries = entries | {"in_channels": 9}  # it was trained for inpainting
+    name = f"{part}/config.json"
+    if path.is_dir():
+        layout, file, source = DIFFUSERS, weights_file(path / part), path / name
+        tensors, entries = modern_names(read_tensors(file)), read_entries(source, name)
+    else:
+        layout, file, source = COMPVIS, path, path
+        tensors = modern_names(read_tensors(file), PREFIX[part])
+        entries = check_entries(name, read_sizes(part, tensors), path)
     ours = {CONFIG_KEYS.get(key): value for key, value in entries.items()}
     kinds = ours.get("attention_levels", [])
     ours["attention_levels"] = [kind == "CrossAttnDownBlock2D" for kind in kinds]
@@ -86,7 +87,7 @@ def load_network(part: str, make: Callable[..., nn.Module], path: Path) -> nn.Mo
         with torch.device("meta"):  # shapes only: the weights come from the file
             network = make(**config)
     except ValueError as error:  # such as groups or heads that do not divide the channels
-        raise UserError(f"{path / name}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
     load_weights(part, network, tensors, layout, file)
     return network
 
@@ -177,25 +178,23 @@ def is_whole(w: Tensor) -> bool:
 # Reading configurations.
 
 
-def read_entries(path: Path, name: str) -> dict:
-    """The entries of a folder's JSON file, checked before anything is built.
-
-    v1.5's replace missing ones; a single file has v1.5's.
-    """
-    if not path.is_dir():
-        return V1_5[name]
-    file = path / name
+def read_entries(file: Path, name: str) -> dict:
+    """Read a JSON file of a folder, and check its entries."""
     with system_errors(file):
         content = file.read_bytes()
     try:
-        given = {} | json.loads(content)
+        return check_entries(name, {} | json.loads(content), file)
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: expected a JSON object; this one is damaged") from error
+
+
+def check_entries(name: str, given: dict, path: Path) -> dict:
+    """Check the entries of a JSON file before anything is built; v1.5's replace missing ones."""
     entries = {key: given.get(key, usual) for key, usual in V1_5[name].items()}
     for key, usual in V1_5[name].items():
         plausible = key not in CONFIG_KEYS or is_plausible(entries[key], usual)
         if not plausible or (key in REQUIRED and entries[key] != usual):
-            raise UserError(f"{file}: {EXPECTED}, with {key} {usual}, got {entries[key]!r:.60}")
+            raise UserError(f"{path}: {EXPECTED}, with {key} {usual}, got {entries[key]!r:.60}")
     return entries
 
 
@@ -210,21 +209,50 @@ def is_plausible(value: object, usual: object) -> bool:
     return type(value) in (int, type(usual)) and 0 < value <= most
 
 
+def read_sizes(part: str, tensors: dict[str, Tensor]) -> dict:
+    """Without a config.json, read from the tensors' shapes what may differ from v1.5."""
+
+    def size(layer: str, dim: int = 0) -> int:
+        return tensors[f"{layer}.weight"].shape[dim]
+
+    try:
+        if part == "unet":
+            blocks = [f"input_blocks.{i}.0.out_layers.3" for i in (1, 4, 7, 10)]
+            inputs = size("input_blocks.0.0", dim=1)  # 9 for inpainting
+            return {"in_channels": inputs, "block_out_channels": [size(block) for block in blocks]}
+        if part == "vae":
+            blocks = [f"encoder.down.{level}.block.0.conv1" for level in range(4)]
+            return {"block_out_channels": [size(block) for block in blocks]}
+        width = size("embeddings.token_embedding", dim=1)
+        return {
+            "vocab_size": size("embeddings.token_embedding"),
+            "hidden_size": width,
+            "num_hidden_layers": sum(name.endswith(".mlp.fc1.weight") for name in tensors),
+            "num_attention_heads": max(1, width // 64),
+            "max_position_embeddings": size("embeddings.position_embedding"),
+            "intermediate_size": size("encoder.layers.0.mlp.fc1"),
+        }
+    except (KeyError, IndexError):
+        return {}  # then load_weights says what is missing
+
+
 def read_settings(path: Path, downsampling: int) -> dict:
-    """How the U-Net was trained."""
-    entries = read_entries(path, SCHEDULER)
+    """How the U-Net was trained. v1.5's settings replace missing files and entries."""
+    file, unet = path / SCHEDULER, "unet/config.json"
+    entries = read_entries(file, SCHEDULER) if file.exists() else V1_5[SCHEDULER]
+    size = (read_entries(path / unet, unet) if path.is_dir() else V1_5[unet])["sample_size"]
     names = [name for name, ours in SCHEDULES.items() if entries | ours == entries]
     prediction, spacing = entries["prediction_type"], entries["timestep_spacing"]
     if not names or prediction not in ("epsilon", "v_prediction"):
         raise UserError(
-            f"{path / SCHEDULER}: expected the prediction_type epsilon or v_prediction, and a "
+            f"{file}: expected the prediction_type epsilon or v_prediction, and a "
             f"beta_schedule of {[*SCHEDULES.values()]}"
         )
     return {
         "schedule": getattr(NoiseSchedule, names[0])(entries["num_train_timesteps"]),
         "prediction": prediction,
         "spacing": "trailing" if spacing == "trailing" else "leading",
-        "size": read_entries(path, "unet/config.json")["sample_size"] * downsampling,
+        "size": size * downsampling,
     }
 
 

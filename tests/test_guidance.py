@@ -44,9 +44,8 @@ def test_each_image_and_attribute_and_value_matters():
     noise = net(X, T, LABELS * torch.tensor([[1], [0]]))
     torch.testing.assert_close(noise[:1], net(X[:1], T[:1], LABELS[:1]))
     torch.testing.assert_close(noise[1:], net(X[1:], T[1:], OPEN))
-    expected = 2 * net(X, T, LABELS) - net(
-        X, T, OPEN.expand(2, 3)
-    )  # labels are a context for `guided`
+    # labels are a context for `guided`
+    expected = 2 * net(X, T, LABELS) - net(X, T, OPEN.expand(2, 3))
     torch.testing.assert_close(guided(net, LABELS, OPEN, 2.0)(X, T), expected)
     for attribute, values in enumerate(CATS.values()):
         labels = OPEN.repeat(1 + len(values), 1)

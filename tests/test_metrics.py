@@ -1,8 +1,6 @@
 """Distances against torchmetrics and closed forms; the judge against what it must notice."""
 
 import math
-import sys
-import types
 from functools import partial
 from itertools import pairwise
 
@@ -17,7 +15,6 @@ from torchvision.transforms.functional import gaussian_blur
 from toolbox import metrics
 from toolbox.cats import ATTRIBUTES, describe, draw, render
 from toolbox.data import DRAWN_CATS, Data, from_uint8, to_uint8
-from toolbox.files import UserError
 from toolbox.metrics import Judge, evenly_spaced, frechet_distance, jackknife, kernel_distance
 
 # ---- distances -----------------------------------------------------------------------------------
@@ -267,30 +264,6 @@ def test_a_corruption_is_one_and_a_mild_one(kind, channels):
         assert low <= difference.mean() <= high
         if kind == "faded":
             assert corrupted.abs().mean() < image.abs().mean() and 0 < difference.max() < 0.5
-
-
-# ---- Inception -----------------------------------------------------------------------------------
-
-
-def test_inception_sees_uint8_of_three_channels_in_parts_or_says_what_to_install(monkeypatch):
-    def network(part):
-        assert part.dtype == torch.uint8 and part.shape[1:] == (3, 8, 8) and len(part) <= 64
-        return part.float().mean((2, 3))
-
-    def no_weights(*_):
-        raise ConnectionError("no route to github.com")
-
-    inception = metrics.Inception.__new__(metrics.Inception)  # without its weights
-    inception.network = network
-    for channels in (1, 3):
-        images = torch.randint(0, 256, (150, channels, 8, 8), dtype=torch.uint8)
-        expected = images.float().mean((2, 3)).expand(150, 3)
-        torch.testing.assert_close(inception.extract_features(images), expected)
-    without = types.SimpleNamespace(NoTrainInceptionV3=no_weights)
-    for module, reason in ((None, ""), (without, r"no route to github\.com")):
-        monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", module)
-        with pytest.raises(UserError, match=f"--inception: .* install torchmetrics .*{reason}"):
-            metrics.Inception()
 
 
 # ---- the drawn cats: what the pretrained classifier must notice ----------------------------------

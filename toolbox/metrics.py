@@ -19,7 +19,6 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
 from toolbox.data import CACHE, Data, evenly_spaced, from_uint8, to_uint8
-from toolbox.files import UserError
 from toolbox.models import PRETRAINED, read, write
 
 FEATURES = 128
@@ -37,8 +36,6 @@ class FeatureNet(nn.Module):
 
     BatchNorm, not GroupNorm: normalizing each image alone would remove its tint and its contrast.
     """
-
-    name, frechet = "our features", "Fréchet distance"
 
     def __init__(self, channels: int, questions: dict[str, int]):
         super().__init__()
@@ -61,26 +58,6 @@ class FeatureNet(nn.Module):
     def extract_features(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> (N, 128)."""
         return torch.cat([self.features(from_uint8(chunk)) for chunk in images.split(256)])
-
-
-class Inception:
-    """Inception-v3, by torchmetrics: the features of published FIDs, on another scale than ours."""
-
-    name, frechet = "Inception", "FID"
-
-    def __init__(self):
-        try:
-            from torchmetrics.image.fid import NoTrainInceptionV3
-
-            self.network = NoTrainInceptionV3("inception-v3-compat", ["2048"])
-        except Exception as error:  # no such package, no weights, no internet
-            advice = "pip install torchmetrics torch-fidelity, which download the weights"
-            raise UserError(f"--inception: this needs Inception-v3: {advice} ({error})") from error
-
-    @torch.no_grad()
-    def extract_features(self, images: Tensor) -> Tensor:
-        """uint8 (N, 1 or 3, H, W) -> (N, 2048)."""
-        return torch.cat([self.network(chunk.expand(-1, 3, -1, -1)) for chunk in images.split(64)])
 
 
 def feature_net(data: Data) -> FeatureNet:
