@@ -53,30 +53,30 @@ def draw_here(here, models, monkeypatch, capsys):
     return run
 
 
-def test_each_prompt_has_a_row_and_each_seed_a_column(draw_here, here):
-    draw_here("an orange cat", "a black dog", "--n", 4, "--out", "grid.png")
+def test_each_prompt_has_a_row_and_each_seed_a_column_in_batches_of_any_size(
+    draw_here, here, monkeypatch
+):
+    prompts = "an orange cat", "a black dog"
+    draw_here(*prompts, "--n", 3, "--out", "a.png", "--gif", "a.gif")
+    draw_here(*prompts, "--n", 3, "--out", "again.png", "--gif", "again.gif")
+    monkeypatch.setattr(generate, "BATCH_PIXELS", 1)
+    draw_here(*prompts, "--n", 3, "--out", "b.png", "--gif", "b.gif")
+    for kind in ("png", "gif"):
+        assert (here / f"a.{kind}").read_bytes() == (here / f"again.{kind}").read_bytes()
+        assert (pixels(here / f"a.{kind}") - pixels(here / f"b.{kind}")).abs().mean() < 1
+    grid, step = pixels(here / "a.png"), 32 * ENLARGED + 2
+    assert grid.shape == (3, 2 * step + 2, 3 * step + 2)
+    with Image.open(here / "a.gif") as gif:
+        assert gif.n_frames == 4  # and the result, which is like the last one: Pillow joins these
+        gif.seek(3)
+        assert (pixels(gif) - grid).abs().mean() < 12  # a GIF has few colours
+
     draw_here("a black dog", "--n", 1, "--seed", 2, "--out", "one.png")
-    grid, one = pixels(here / "grid.png"), pixels(here / "one.png")
-    step = 32 * ENLARGED + 2
-    assert grid.shape == (3, 2 * step + 2, 4 * step + 2)
+    one = pixels(here / "one.png")
     assert one.shape == (3, 32, 32)  # as it is, so that it can be the next command's input
     corners = (step + 2, 2 * step + 2), (2, 2)
     same, other = (grid[:, y::ENLARGED, x::ENLARGED][:, :32, :32] for y, x in corners)
     assert (one - same).abs().max() <= 1 and (one - other).abs().max() > 20
-
-
-def test_the_same_command_makes_the_same_files_in_batches_of_any_size(draw_here, here, monkeypatch):
-    for name in ("a", "b", "c"):
-        monkeypatch.setattr(generate, "BATCH_PIXELS", 1 if name == "c" else 2**18)
-        draw_here("an orange cat", "a dog", "--out", f"{name}.png", "--gif", f"{name}.gif")
-    for kind in ("png", "gif"):
-        a, b, c = (here / f"{name}.{kind}" for name in ("a", "b", "c"))
-        assert a.read_bytes() == b.read_bytes()
-        assert (pixels(a) - pixels(c)).abs().mean() < 1
-    with Image.open(here / "a.gif") as gif:
-        assert gif.n_frames == 4  # and the result, which is like the last one: Pillow joins these
-        gif.seek(3)
-        assert (pixels(gif) - pixels(here / "a.png")).abs().mean() < 12  # a GIF has few colours
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,6 @@ def test_the_pipeline_trained_here_comes_first(here):
         (["--seed", "-1"], "--seed -1: expected 0 to 4294967294"),
         (["--eta", "2"], "--eta 2.0: expected 0 to 1"),
         (["--guidance", "nan"], "--guidance nan: expected 0 to 100"),
-        (["--guidance", "inf"], "--guidance inf: expected 0 to 100"),
         (["--steps", "0"], "--steps 0: expected 1 to 1000"),
         (["--size", "33"], "--size 33: expected a multiple of 4"),
         (["--size", "100000"], "--size 100000: expected 1 to"),
