@@ -23,10 +23,7 @@ ENLARGED = 96 // 32  # a grid enlarges images of 32x32 so
 def models(tmp_path_factory):
     """A folder with tiny random models of every kind, and files that are none."""
     here = tmp_path_factory.mktemp("models")
-    pipelines = {"toy": tiny_pipeline(dtype=torch.float32, **TOY)}
-    pipelines |= {name: tiny_pipeline(dtype=torch.float32) for name in ("sd", "nan")}
-    pipelines |= {"inpaints": tiny_pipeline(9, dtype=torch.float32)}
-    pipelines["nan"].vae.post_quant.bias.data[0] = torch.nan
+    pipelines = {"toy": tiny_pipeline(**TOY), "sd": tiny_pipeline(), "inpaints": tiny_pipeline(9)}
     for name, pipeline in pipelines.items():
         save(pipeline, here / name)
     digits = ClassUNet({"digit": ["0", "7"]}, 8, in_channels=1, out_channels=1, **TINY)
@@ -171,7 +168,6 @@ def test_the_pipeline_trained_here_comes_first(here):
         (["--model", "digits.pt"], "this model does not know 'a cat'"),
         (["--model", "runs/model.pt"], "runs/model.pt: expected another kind of model; use python"),
         (["--model", "inpaints"], "inpaints is an inpainting model: add --init-image and"),
-        (["--model", "nan"], "post_quant_conv.bias"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(

@@ -20,12 +20,12 @@ from toolbox.metrics import FeatureNet, kernel_distance, questions_of
 from toolbox.models import model_config, read, save_model
 from toolbox.seeds import generators
 
-MODEL = ROOT / "models" / "latent-cats"
+
 OPTIONS = {"guidance_scale": 3.0, "eta": 1.0, "steps": 25}
 
 
-def cats(n, size, **attributes):
-    images, labels, captions = draw(n, size, seed=7, **attributes)
+def cats(n, size):
+    images, labels, captions = draw(n, size, seed=7)
     labels = torch.stack([*labels.values()], dim=1)
     return Data("cats", to_uint8(images), ATTRIBUTES, labels, captions)
 
@@ -123,7 +123,9 @@ def test_the_pretrained_digits_are_those_of_the_prompts():
 @pytest.mark.slow
 def test_the_pretrained_pipeline_draws_what_the_prompts_say(classifier):
     prompts, labels, unseen = choose_prompts(cats(300, 4), 40, by_class=False)
-    x = text_to_image(load_pipeline(MODEL), prompts, generator=generators(range(40)), **OPTIONS)
+    x = text_to_image(
+        load_pipeline("latent-cats"), prompts, generator=generators(range(40)), **OPTIONS
+    )
     right = read_labels(classifier, to_uint8(x), 32) == labels
     assert right.float().mean() > 0.96 and right.all(1).float().mean() > 0.85
     assert right[unseen].float().mean() > 0.94
@@ -131,7 +133,10 @@ def test_the_pretrained_pipeline_draws_what_the_prompts_say(classifier):
 
 @pytest.mark.slow
 def test_with_more_strength_an_image_moves_from_its_input_to_its_prompt(classifier):
-    pipeline, images = load_pipeline(MODEL), draw(12, 64, seed=7, fur="orange", eyes="green")[0]
+    pipeline, images = (
+        load_pipeline("latent-cats"),
+        draw(12, 64, seed=7, fur="orange", eyes="green")[0],
+    )
     prompts, distances, black = ["a black cat with yellow eyes"] * 12, [], []
     for strength in (0.08, 0.3, 0.6, 1.0):
         options = OPTIONS | {"strength": strength, "generator": generators(range(12))}
