@@ -20,7 +20,6 @@ from toolbox.metrics import FeatureNet, kernel_distance, questions_of
 from toolbox.models import model_config, read, save_model
 from toolbox.seeds import generators
 
-
 OPTIONS = {"guidance_scale": 3.0, "eta": 1.0, "steps": 25}
 
 
