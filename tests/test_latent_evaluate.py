@@ -122,9 +122,8 @@ def test_the_pretrained_digits_are_those_of_the_prompts():
 @pytest.mark.slow
 def test_the_pretrained_pipeline_draws_what_the_prompts_say(classifier):
     prompts, labels, unseen = choose_prompts(cats(300, 4), 40, by_class=False)
-    x = text_to_image(
-        load_pipeline("latent-cats"), prompts, generator=generators(range(40)), **OPTIONS
-    )
+    pipeline, options = load_pipeline("latent-cats"), {"generator": generators(range(40))}
+    x = text_to_image(pipeline, prompts, **options, **OPTIONS)
     right = read_labels(classifier, to_uint8(x), 32) == labels
     assert right.float().mean() > 0.96 and right.all(1).float().mean() > 0.85
     assert right[unseen].float().mean() > 0.94
@@ -132,16 +131,14 @@ def test_the_pretrained_pipeline_draws_what_the_prompts_say(classifier):
 
 @pytest.mark.slow
 def test_with_more_strength_an_image_moves_from_its_input_to_its_prompt(classifier):
-    pipeline, images = (
-        load_pipeline("latent-cats"),
-        draw(12, 64, seed=7, fur="orange", eyes="green")[0],
-    )
+    pipeline = load_pipeline("latent-cats")
+    images = draw(12, 64, seed=7, fur="orange", eyes="green")[0]
     prompts, distances, black = ["a black cat with yellow eyes"] * 12, [], []
     for strength in (0.08, 0.3, 0.6, 1.0):
         options = OPTIONS | {"strength": strength, "generator": generators(range(12))}
         x = image_to_image(pipeline, prompts, images, **options)
         distances.append((x - images).square().mean().item())
-        furs = read_labels(classifier, to_uint8(x), 32)[:, 0]
+        furs = read_labels(classifier, to_uint8(x), 32)[:, 0]  # the first attribute
         black.append((furs == ATTRIBUTES["fur"].index("black")).sum().item())
     assert distances == sorted(distances) and distances[-1] > 3 * distances[0]
     assert black[0] <= 2 and black[-1] >= 11
