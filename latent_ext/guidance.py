@@ -61,7 +61,9 @@ class ClassUNet(nn.Module):
             [nn.Embedding(len(values) + 1, context_width) for values in classes.values()]
         )
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            labels = torch.zeros(len(x), len(self.classes), dtype=torch.long, device=x.device)
         return self.unet(x, t, self.label_embedding(labels))
 
 

@@ -1,11 +1,17 @@
 """The judges of the second evening: the same networks by diffusers and transformers, given the
 weights of ours."""
 
+from functools import partial
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latent_ext.weight_names import DIFFUSERS, layer_names, name_pairs
+from latent_ext.attention import SpatialTransformer
+from latent_ext.clip import TextEncoder
+from latent_ext.vae import VAE
+from latent_ext.weight_names import DIFFUSERS, name_pairs
+from unet import UNet
 
 V15_UNET = {  # Stable Diffusion v1.5's numbers
     "in_channels": 4,
@@ -25,7 +31,8 @@ V15_VAE = {
 V15_TEXT = {"vocab_size": 49408, "width": 768, "layers": 12, "heads": 12, "length": 77}
 
 
-def their_unet(config, context_width):
+def their_unet(ours):
+    config = ours.config
     cross = ["CrossAttn" * attends for attends in config["attention_levels"]]
     return UNet2DConditionModel(
         in_channels=config["in_channels"],
@@ -34,14 +41,14 @@ def their_unet(config, context_width):
         layers_per_block=config["num_res_blocks"],
         down_block_types=[f"{kind}DownBlock2D" for kind in cross],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(cross)],
-        cross_attention_dim=context_width,
+        cross_attention_dim=ours.mid[0].attn.attn2.k.in_features,
         attention_head_dim=config["heads"],  # diffusers' name for the number of heads
         norm_num_groups=config["groups"],
     )
 
 
-def their_vae(config):
-    levels = len(config["channels"])
+def their_vae(ours):
+    config, levels = ours.config, len(ours.config["channels"])
     return AutoencoderKL(
         in_channels=config["in_channels"],
         out_channels=config["in_channels"],
@@ -62,12 +69,16 @@ def their_text_config(config):
         num_hidden_layers=config["layers"],
         num_attention_heads=config["heads"],
         max_position_embeddings=config["length"],
-        projection_dim=config["width"],
-        bos_token_id=config["vocab_size"] - 2,
         eos_token_id=config["vocab_size"] - 1,
         hidden_act="quick_gelu",
-        attn_implementation="sdpa",
     )
+
+
+JUDGES = {  # of our networks: the part of a pipeline that each is, and theirs
+    UNet: ("unet", their_unet),
+    VAE: ("vae", their_vae),
+    TextEncoder: ("text_encoder", lambda ours: CLIPTextModel(their_text_config(ours.config))),
+}
 
 
 def randomise(network, seed=0):
@@ -83,43 +94,19 @@ def randomise(network, seed=0):
     return network
 
 
-def same_weights(part, ours, theirs, prefix=""):
-    """Random ones. Theirs get copies, or ours themselves if theirs have none (meta)."""
-    weights, empty = randomise(ours).state_dict(), next(theirs.parameters()).is_meta
-    weights = {
-        prefix + name: weights[own] if empty else weights[own].clone()
-        for name, own in name_pairs(part, ours, DIFFUSERS)
-    }
-    theirs.load_state_dict(weights, assign=True)
-    return ours, theirs.eval()
+def cross_unet(context_width, **config):
+    return UNet(**config, attention_block=partial(SpatialTransformer, context_width=context_width))
 
 
-def unet_pair(ours):
-    """Ours with random weights, and diffusers' with the same ones."""
-    context_width = ours.mid[0].attn.attn2.k.in_features
-    return same_weights("unet", ours, their_unet(ours.config, context_width))
-
-
-def vae_pair(ours):
-    return same_weights("vae", ours, their_vae(ours.config))
-
-
-def text_pair(ours):
-    theirs = CLIPTextModel(their_text_config(ours.config))
-    # transformers 4 has all of this model in a `text_model`, transformers 5 has not
+def pair(ours):
+    """Ours with random weights, and theirs, which shares them."""
+    part, make = JUDGES[type(ours)]
+    theirs, weights = make(ours), randomise(ours).state_dict()
+    # transformers 4 has all of its text encoder in a `text_model`, transformers 5 has not
     prefix = "text_model." if hasattr(theirs, "text_model") else ""
-    return same_weights("text_encoder", ours, theirs, prefix)
-
-
-def their_text_name(name):
-    """layers.0.norm1.bias -> encoder.layers.0.layer_norm1.bias, of either encoder of CLIP."""
-    return renamed(name, layer_names("text_encoder", {"layers": 12}, DIFFUSERS))
-
-
-def renamed(name, rules):
-    """name.weight -> rules[name].weight; a name without a rule stays."""
-    stem, dot, last = name.rpartition(".")
-    return rules.get(stem, stem) + dot + last
+    names = name_pairs(part, ours, DIFFUSERS)
+    theirs.load_state_dict({prefix + name: weights[own] for name, own in names}, assign=True)
+    return ours, theirs.eval()
 
 
 def error(got, expected):

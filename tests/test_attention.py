@@ -1,21 +1,14 @@
 """Cross-attention: the U-Net with it against diffusers' UNet2DConditionModel."""
 
-from functools import partial
-
 import pytest
 import torch
-from oracles import V15_UNET, error, unet_pair
+from oracles import V15_UNET, cross_unet, error, pair
 
 from latent_ext.attention import SpatialTransformer
-from unet import UNet
 
 NARROW = V15_UNET | {"channels": (32, 64, 128, 128)}
 TOY = {"channels": (16, 32, 32), "attention_levels": (True, True, True), "heads": 4}
 SMALL = {"channels": (16, 32), "attention_levels": (True, False), "num_res_blocks": 3, "groups": 8}
-
-
-def make(config, context_width):
-    return UNet(**config, attention_block=partial(SpatialTransformer, context_width=context_width))
 
 
 def inputs(config, context_width, height, width, dtype=torch.float64):
@@ -29,7 +22,7 @@ def inputs(config, context_width, height, width, dtype=torch.float64):
 @torch.no_grad()
 def test_the_unet_equals_diffusers(config):
     """In float64, with random numbers in every parameter."""
-    ours, theirs = unet_pair(make(config, 12).double())
+    ours, theirs = pair(cross_unet(12, **config).double())
     for size in ((16, 16), (8, 24), (9, 14), (5, 1)):  # odd sizes are halved with a rest
         x, t, context = inputs(ours.config, 12, *size)
         assert error(ours(x, t, context), theirs(x, t, context).sample) < 1e-9
@@ -40,23 +33,14 @@ def test_the_unet_equals_diffusers(config):
 def test_the_unet_equals_diffusers_at_full_width():
     """859,520,964 parameters, shared by both networks."""
     with torch.device("meta"):
-        ours, theirs = unet_pair(make(V15_UNET, 768).to_empty(device="cpu"))
+        ours, theirs = pair(cross_unet(768, **V15_UNET).to_empty(device="cpu"))
     x, t, context = (y[:1] for y in inputs(V15_UNET, 768, 16, 16, torch.float32))
     assert error(ours(x, t, context), theirs(x, t, context).sample) < 1e-4
 
 
-def test_a_new_block_changes_next_to_nothing_and_all_of_it_learns():
-    torch.manual_seed(0)
-    block, x, context = SpatialTransformer(8, 2, 4, 5), torch.randn(2, 8, 4, 4), torch.ones(2, 3, 5)
-    change = block(x, context) - x
+def test_a_new_block_changes_next_to_nothing_and_needs_a_context():
+    block, x = SpatialTransformer(8, 2, 4, 5), torch.randn(2, 8, 4, 4)
+    change = block(x, torch.ones(2, 3, 5)) - x
     assert change.std((0, 2, 3)).max() < 1e-6  # the bias of proj_out, whatever x
-    torch.nn.init.normal_(block.proj_out.weight)
-    block(x, torch.randn(2, 3, 5)).square().sum().backward()
-    assert all(p.grad.abs().max() > 0 for p in block.parameters())
-
-
-def test_impossible_heads_and_a_missing_context_are_named():
-    with pytest.raises(ValueError, match="heads that divide the width 8, got 3"):
-        SpatialTransformer(8, 3, 4, 5)
     with pytest.raises(ValueError, match="needs a context"):
-        SpatialTransformer(8, 2, 4, 5)(torch.randn(2, 8, 4, 4), None)
+        block(x, None)

@@ -23,10 +23,7 @@ ENLARGED = 96 // 32  # a grid enlarges images of 32x32 so
 def models(tmp_path_factory):
     """A folder with tiny random models of every kind, and files that are none."""
     here = tmp_path_factory.mktemp("models")
-    pipelines = {"toy": tiny_pipeline(dtype=torch.float32, **TOY)}
-    pipelines |= {name: tiny_pipeline(dtype=torch.float32) for name in ("sd", "nan")}
-    pipelines |= {"inpaints": tiny_pipeline(9, dtype=torch.float32)}
-    pipelines["nan"].vae.post_quant.bias.data[0] = torch.nan
+    pipelines = {"toy": tiny_pipeline(**TOY), "sd": tiny_pipeline(), "inpaints": tiny_pipeline(9)}
     for name, pipeline in pipelines.items():
         save(pipeline, here / name)
     digits = ClassUNet({"digit": ["0", "7"]}, 8, in_channels=1, out_channels=1, **TINY)
@@ -53,30 +50,30 @@ def draw_here(here, models, monkeypatch, capsys):
     return run
 
 
-def test_each_prompt_has_a_row_and_each_seed_a_column(draw_here, here):
-    draw_here("an orange cat", "a black dog", "--n", 4, "--out", "grid.png")
+def test_each_prompt_has_a_row_and_each_seed_a_column_in_batches_of_any_size(
+    draw_here, here, monkeypatch
+):
+    prompts = "an orange cat", "a black dog"
+    draw_here(*prompts, "--n", 3, "--out", "a.png", "--gif", "a.gif")
+    draw_here(*prompts, "--n", 3, "--out", "again.png", "--gif", "again.gif")
+    monkeypatch.setattr(generate, "BATCH_PIXELS", 1)
+    draw_here(*prompts, "--n", 3, "--out", "b.png", "--gif", "b.gif")
+    for kind in ("png", "gif"):
+        assert (here / f"a.{kind}").read_bytes() == (here / f"again.{kind}").read_bytes()
+        assert (pixels(here / f"a.{kind}") - pixels(here / f"b.{kind}")).abs().mean() < 1
+    grid, step = pixels(here / "a.png"), 32 * ENLARGED + 2
+    assert grid.shape == (3, 2 * step + 2, 3 * step + 2)
+    with Image.open(here / "a.gif") as gif:
+        assert gif.n_frames == 4  # and the result, which is like the last one: Pillow joins these
+        gif.seek(3)
+        assert (pixels(gif) - grid).abs().mean() < 12  # a GIF has few colours
+
     draw_here("a black dog", "--n", 1, "--seed", 2, "--out", "one.png")
-    grid, one = pixels(here / "grid.png"), pixels(here / "one.png")
-    step = 32 * ENLARGED + 2
-    assert grid.shape == (3, 2 * step + 2, 4 * step + 2)
+    one = pixels(here / "one.png")
     assert one.shape == (3, 32, 32)  # as it is, so that it can be the next command's input
     corners = (step + 2, 2 * step + 2), (2, 2)
     same, other = (grid[:, y::ENLARGED, x::ENLARGED][:, :32, :32] for y, x in corners)
     assert (one - same).abs().max() <= 1 and (one - other).abs().max() > 20
-
-
-def test_the_same_command_makes_the_same_files_in_batches_of_any_size(draw_here, here, monkeypatch):
-    for name in ("a", "b", "c"):
-        monkeypatch.setattr(generate, "BATCH_PIXELS", 1 if name == "c" else 2**18)
-        draw_here("an orange cat", "a dog", "--out", f"{name}.png", "--gif", f"{name}.gif")
-    for kind in ("png", "gif"):
-        a, b, c = (here / f"{name}.{kind}" for name in ("a", "b", "c"))
-        assert a.read_bytes() == b.read_bytes()
-        assert (pixels(a) - pixels(c)).abs().mean() < 1
-    with Image.open(here / "a.gif") as gif:
-        assert gif.n_frames == 4  # and the result, which is like the last one: Pillow joins these
-        gif.seek(3)
-        assert (pixels(gif) - pixels(here / "a.png")).abs().mean() < 12  # a GIF has few colours
 
 
 @pytest.mark.parametrize(
@@ -147,32 +144,30 @@ def test_the_pipeline_trained_here_comes_first(here):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--n", "100000"], "--n 100000: expected 1 to"),
-        (["--seed", "-1"], "--seed -1: expected 0 to 4294967294"),
-        (["--eta", "2"], "--eta 2.0: expected 0 to 1"),
-        (["--guidance", "nan"], "--guidance nan: expected 0 to 100"),
-        (["--guidance", "inf"], "--guidance inf: expected 0 to 100"),
-        (["--steps", "0"], "--steps 0: expected 1 to 1000"),
-        (["--size", "33"], "--size 33: expected a multiple of 4"),
-        (["--size", "100000"], "--size 100000: expected 1 to"),
-        (["--mask", "a.png"], "--mask a.png needs an --init-image"),
-        (["--strength", "0.5"], "--strength 0.5 needs an --init-image"),
-        (["--init-image", "a.png", "--strength", "1.5"], "--strength 1.5: expected 0 to 1"),
-        (["--init-image", "none.png"], "none.png: not a readable image"),
-        (["--init-image", "text.png"], "text.png: not a readable image"),
-        (["--init-image", "a.png", "--mask", "text.png"], "text.png: not a readable image"),
-        (["--init-image", "a.png", "--mask", "wide.png"], "expected the aspect ratio of a.png"),
-        (["--out", "cats.jpg"], "cats.jpg: expected a name that ends in .png"),
-        (["--gif", "cats.mp4"], "cats.mp4: expected a name that ends in .gif"),
-        (["--out", "text.png/cats.png"], "error: text.png/cats.png: "),
-        (["--device", "tpu9"], "--device tpu9: this machine has no such device"),
-        (["--model", "latent-catz"], "did you mean latent-cats?"),
-        (["--model", "runs"], "did you mean runs/model.pt?"),
-        (["--model", "text.pt"], "text.pt: expected a file of torch.save"),
-        (["--model", "digits.pt"], "this model does not know 'a cat'"),
-        (["--model", "runs/model.pt"], "runs/model.pt: expected another kind of model; use python"),
-        (["--model", "inpaints"], "inpaints is an inpainting model: add --init-image and"),
-        (["--model", "nan"], "post_quant_conv.bias"),
+        ("--n 100000", "--n 100000: expected 1 to"),
+        ("--seed -1", "--seed -1: expected 0 to 4294967294"),
+        ("--eta 2", "--eta 2.0: expected 0 to 1"),
+        ("--guidance nan", "--guidance nan: expected 0 to 100"),
+        ("--steps 0", "--steps 0: expected 1 to 1000"),
+        ("--size 33", "--size 33: expected a multiple of 4"),
+        ("--size 100000", "--size 100000: expected 1 to"),
+        ("--mask a.png", "--mask a.png needs an --init-image"),
+        ("--strength 0.5", "--strength 0.5 needs an --init-image"),
+        ("--init-image a.png --strength 1.5", "--strength 1.5: expected 0 to 1"),
+        ("--init-image none.png", "none.png: not a readable image"),
+        ("--init-image text.png", "text.png: not a readable image"),
+        ("--init-image a.png --mask text.png", "text.png: not a readable image"),
+        ("--init-image a.png --mask wide.png", "expected the aspect ratio of a.png"),
+        ("--out cats.jpg", "cats.jpg: expected a name that ends in .png"),
+        ("--gif cats.mp4", "cats.mp4: expected a name that ends in .gif"),
+        ("--out text.png/cats.png", "error: text.png/cats.png: "),
+        ("--device tpu9", "--device tpu9: this machine has no such device"),
+        ("--model latent-catz", "did you mean latent-cats?"),
+        ("--model runs", "did you mean runs/model.pt?"),
+        ("--model text.pt", "text.pt: expected a file of torch.save"),
+        ("--model digits.pt", "this model does not know 'a cat'"),
+        ("--model runs/model.pt", "runs/model.pt: expected another kind of model; use python"),
+        ("--model inpaints", "inpaints is an inpainting model: add --init-image and"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_writes_nothing(
@@ -180,5 +175,5 @@ def test_bad_input_gets_one_sentence_and_writes_nothing(
 ):
     monkeypatch.chdir(models)
     before = sorted(models.rglob("*"))
-    assert sentence in said(lambda: draw_here("a cat", *words), capsys)
+    assert sentence in said(lambda: draw_here("a cat", *words.split()), capsys)
     assert sorted(models.rglob("*")) == before and "neither" in (models / "text.png").read_text()

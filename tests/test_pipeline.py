@@ -1,24 +1,19 @@
 """The three uses of one loop: latent by latent as diffusers, and what else they promise."""
 
-import copy
-from functools import partial
-
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from diffusers.pipelines import stable_diffusion as diffusers
-from oracles import error, randomise, text_pair, unet_pair, vae_pair
-from transformers import PreTrainedTokenizerFast
+from oracles import cross_unet, error, randomise
 
-from latent_ext.attention import SpatialTransformer
-from latent_ext.clip import END, START, UNKNOWN, TextEncoder, Tokenizer
+from latent_ext.clip import TextEncoder, Tokenizer
 from latent_ext.guidance import ClassUNet, guided
 from latent_ext.pipeline import ClassPipeline, Pipeline, image_to_image, inpaint, text_to_image
+from latent_ext.stable_diffusion import save
 from latent_ext.vae import VAE
 from processes import NoiseSchedule, noise_from_v, randn_like
 from toolbox.files import UserError
 from toolbox.seeds import generators, sample_seeds
-from unet import UNet
 
 PROMPTS = ["an orange cat with green eyes", "a black dog"]
 SD = {"schedule": NoiseSchedule.scaled_linear()}
@@ -27,21 +22,15 @@ NINE = dict(SD)  # with nine channels: a U-Net trained for inpainting
 WHITE = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(1))  # not in cells of 4x4
 
 
-def networks(in_channels=4):
-    """Each of ours with random weights, and diffusers' or transformers' with the same ones."""
-    attention = partial(SpatialTransformer, context_width=16)
-    unet = UNet(in_channels, 4, (16, 32), 1, (True, False), 2, 4, attention)
+def tiny_pipeline(in_channels=4, dtype=torch.float64, **like):
+    """With random weights that fit into 16 bits, as saved ones do."""
+    sizes = {"in_channels": in_channels, "out_channels": 4, "channels": (16, 32), "heads": 2}
+    unet = cross_unet(16, **sizes, attention_levels=(True, False), groups=4)
+    vae = VAE(channels=(8, 16, 16), groups=4, scaling_factor=0.4)
     tokenizer = Tokenizer.of_words(PROMPTS, length=10)
     text = TextEncoder(tokenizer.size, 16, 2, 2, tokenizer.length)
-    vae = VAE(channels=(8, 16, 16), groups=4, scaling_factor=0.4)
-    pairs = unet_pair(unet.double()), vae_pair(vae.double()), text_pair(text.double())
-    return *zip(*pairs, strict=True), tokenizer
-
-
-def tiny_pipeline(in_channels=4, dtype=torch.float64, **like):
-    ours, _, tokenizer = networks(in_channels)
-    ours = [network.to(dtype) for network in ours]
-    return Pipeline(*ours, tokenizer, size=32, **(SD | like))
+    networks = [randomise(network).half().to(dtype) for network in (unet, vae, text)]
+    return Pipeline(*networks, tokenizer, size=32, **(SD | like))
 
 
 def images(n=2, size=32, seed=0):
@@ -50,22 +39,21 @@ def images(n=2, size=32, seed=0):
     return torch.randint(0, 257, (n, 3, size, size), generator=generator).double() / 128 - 1
 
 
-def judge(kind, pipeline, theirs):
-    """diffusers' pipeline, with their networks."""
-    leading, alpha_bar = pipeline.spacing == "leading", pipeline.schedule.alpha_bar.double()
-    options = {"timestep_spacing": pipeline.spacing, "prediction_type": pipeline.prediction}
-    scheduler = DDIMScheduler(**options, steps_offset=int(leading), clip_sample=False)
-    scheduler.alphas_cumprod = alpha_bar
-    scheduler.final_alpha_cumprod = alpha_bar[0] if leading else torch.ones((), dtype=torch.float64)
-    special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": UNKNOWN}
-    rules, length = copy.deepcopy(pipeline.tokenizer.rules), pipeline.tokenizer.length
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, model_max_length=length, **special)
-    theirs[0].register_to_config(sample_size=8)
-    theirs[1].register_to_config(scaling_factor=0.4)
-    networks = dict(zip(("unet", "vae", "text_encoder"), theirs, strict=True))
-    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    judge = kind(**networks, tokenizer=tokenizer, scheduler=scheduler, **without)
+def opened_by_diffusers(folder):
+    options = {"safety_checker": None, "dtype": torch.float64}
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, **options)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def judge(kind, pipeline, folder):
+    """diffusers' pipeline, of the folder that ours writes, with our levels in double precision."""
+    save(pipeline, folder)
+    judge = kind(**opened_by_diffusers(folder).components, requires_safety_checker=False)
     judge.set_progress_bar_config(disable=True)
+    alpha_bar = judge.scheduler.alphas_cumprod = pipeline.schedule.alpha_bar.double()
+    if pipeline.spacing == "leading":  # else it ends at level 1
+        judge.scheduler.final_alpha_cumprod = alpha_bar[0]
     return judge
 
 
@@ -92,10 +80,9 @@ GIVEN = {text_to_image: (), image_to_image: (images(),), inpaint: (images(), WHI
     ],
 )
 @torch.no_grad()
-def test_every_latent_is_that_of_diffusers(draw, settings, likes):
+def test_every_latent_is_that_of_diffusers(draw, settings, likes, tmp_path):
     for like in likes:
-        ours, theirs, tokenizer = networks(9 if like is NINE else 4)
-        pipeline = Pipeline(*ours, tokenizer, size=32, **like)
+        pipeline = tiny_pipeline(9 if like is NINE else 4, **like)
         kind, given = KINDS[draw]
         if like is NINE:  # diffusers draws its random numbers in another order: give it ours
             drawn = generators(SEEDS)
@@ -111,7 +98,7 @@ def test_every_latent_is_that_of_diffusers(draw, settings, likes):
         options |= {"prompt": PROMPTS, "negative_prompt": [settings.get("negative", "")] * 2}
         options |= {"num_inference_steps": 5, "generator": generators(SEEDS), "output_type": "pt"}
         options["callback_on_step_end"] = lambda _, i, t, x, z=expected: z.append(x["latents"]) or x
-        judged = judge(kind, pipeline, theirs)(**options, **given).images
+        judged = judge(kind, pipeline, tmp_path)(**options, **given).images
         assert len(mine) == len(expected) > 0
         assert all(error(z, judged_z) < 1e-9 for z, judged_z in zip(mine, expected, strict=True))
         white = (WHITE if draw is inpaint else torch.ones_like(WHITE)).expand_as(judged) >= 0.5
@@ -147,18 +134,16 @@ def test_strength_0_keeps_the_image_and_1_forgets_it():
 
 
 def test_a_predict_noise_of_ones_own_takes_the_place_of_the_pipelines():
-    pipeline, settings = tiny_pipeline(), {"steps": 3, "guidance_scale": 1}
-    dog = pipeline.encode_prompts(PROMPTS[1:])
+    pipeline = tiny_pipeline()
 
-    def always_dog(z_t, t, context):
-        return pipeline.predict_noise(z_t, t, dog)
+    def swapped(z_t, t, context):
+        return pipeline.predict_noise(z_t, t, context.flip(0))
 
-    options = [{"predict_noise": always_dog}, {}]
-    drawn = [
-        text_to_image(pipeline, [prompt], generator=generators([0]), **settings, **own)
-        for prompt, own in zip(PROMPTS, options, strict=True)
-    ]
-    assert torch.equal(*drawn)
+    def draw(prompts, **options):
+        options |= {"steps": 3, "guidance_scale": 1, "generator": generators(SEEDS)}
+        return text_to_image(pipeline, prompts, **options)
+
+    assert torch.equal(draw(PROMPTS), draw(PROMPTS[::-1], predict_noise=swapped))
 
 
 @pytest.mark.parametrize("draw", GIVEN)
@@ -169,14 +154,11 @@ def test_networks_of_16_bits_are_sampled_in_32_and_leave_no_graph(draw):
     for dtype in (torch.float16, torch.float32):
         pipeline, drawn_from = tiny_pipeline(dtype=dtype), generators(SEEDS)
         drawn.append(draw(pipeline, PROMPTS, *given, generator=drawn_from, **options))
+        z, t = torch.zeros(2, 4, 8, 8), torch.tensor([5, 900])
+        noise = pipeline.predict_noise(z, t, pipeline.encode_prompts(PROMPTS))
+        dtypes.add(noise.dtype)  # guidance, too, is computed in 32
     torch.testing.assert_close(*drawn, atol=0.05, rtol=0)
     assert dtypes == {torch.float32} and not drawn[0].requires_grad
-
-
-def test_guidance_of_networks_of_16_bits_is_computed_in_32():
-    pipeline = tiny_pipeline(dtype=torch.float16)
-    z, t = torch.zeros(2, 4, 8, 8), torch.tensor([5, 900])
-    assert pipeline.predict_noise(z, t, pipeline.encode_prompts(PROMPTS)).dtype == torch.float32
 
 
 def test_other_sizes_than_the_trained_one():

@@ -5,6 +5,7 @@ like the published ones. Mostly in float64, with random numbers in every paramet
 """
 
 import gzip
+import io
 import json
 import os
 import pickle
@@ -24,14 +25,13 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import Evil
-from diffusers import StableDiffusionPipeline
 from diffusers.loaders import single_file_utils
-from oracles import V15_TEXT, V15_UNET, V15_VAE, error, text_pair, unet_pair, vae_pair
-from test_pipeline import SD, TOY, tiny_pipeline
+from oracles import V15_TEXT, V15_UNET, V15_VAE, cross_unet, error, pair
+from test_pipeline import SD, TOY, opened_by_diffusers, tiny_pipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from latent_ext.attention import SpatialTransformer
-from latent_ext.clip import TextEncoder, Tokenizer
+from latent_ext.clip import END, START, TextEncoder, Tokenizer
 from latent_ext.pipeline import text_to_image
 from latent_ext.stable_diffusion import PREFIX, V1_5, load, save
 from latent_ext.vae import VAE
@@ -39,7 +39,6 @@ from latent_ext.weight_names import COMPVIS, DIFFUSERS, name_pairs
 from processes import NoiseSchedule
 from toolbox.files import UserError
 from toolbox.models import PRETRAINED
-from unet import UNet
 
 PARTS = ("unet", "vae", "text_encoder")
 MERGES = "t h,th e</w>,a n,an d</w>,c a,ca t,ca t</w>,cat s</w>,o r,an g,or ang,orang e</w>,i n"
@@ -47,12 +46,14 @@ MERGES += ",in g</w>,e r,a t</w>,a s,s t,as t,r o,ast ro,n a,na u,nau t</w>,h o,
 MERGES = [tuple(pair.split()) for pair in MERGES.split(",")]
 SMALL_TEXT = {"vocab_size": 514 + len(MERGES), "width": 128, "layers": 2, "heads": 2, "length": 16}
 SMALL = {
-    "unet": V15_UNET | {"channels": [32, 64, 64, 64]},
+    "unet": V15_UNET | {"channels": [32, 64, 64, 64], "in_channels": 9},  # for inpainting
     "vae": V15_VAE | {"channels": [32, 32, 64, 64]},
     "text_encoder": SMALL_TEXT,
 }
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"
+NUMPY_1 = "numpy.core.multiarray", "scalar"
 WORDS = (
     "a photo of the orange cat in the garden, the cats' green eyes and an astronaut riding a "
     "horse; it's painting the thing"
@@ -65,12 +66,8 @@ UNUSUAL = (
 
 
 def our_networks(unet, vae, text_encoder):
-    attention = partial(SpatialTransformer, context_width=text_encoder["width"])
-    return {
-        "unet": UNet(**unet, attention_block=attention),
-        "vae": VAE(**vae),
-        "text_encoder": TextEncoder(**text_encoder),
-    }
+    networks = cross_unet(text_encoder["width"], **unet), VAE(**vae), TextEncoder(**text_encoder)
+    return dict(zip(PARTS, networks, strict=True))
 
 
 def state_of(judge):
@@ -79,14 +76,17 @@ def state_of(judge):
 
 
 @torch.no_grad()
-def difference(pipeline, judges):
+def difference(pipeline, unet, vae, text_encoder):
     """The largest, of all networks, in units of the largest number of each."""
     generator = torch.Generator().manual_seed(7)
     randn = partial(torch.randn, dtype=torch.float64, generator=generator)
-    x = randn(2, pipeline.unet.config["in_channels"], 8, 8)
-    context, image = randn(2, 5, 128), randn(1, 3, 16, 16)
-    z, t, tokens = x[:, :4, :2, :4], torch.tensor([1, 900]), torch.tensor([[3, 500, 7, 7, 100]])
-    unet, vae, text_encoder = judges.values()
+    x, context, z, image = (
+        randn(2, 9, 8, 8),
+        randn(2, 5, 128),
+        randn(2, 4, 2, 4),
+        randn(1, 3, 16, 16),
+    )
+    t, tokens = torch.tensor([1, 900]), torch.tensor([[3, 500, 7, 7, 100]])
     pairs = [
         (pipeline.unet(x, t, context), unet(x, t, context).sample),
         (torch.cat(pipeline.vae.encode(image), 1), vae.encode(image).latent_dist.parameters),
@@ -98,21 +98,11 @@ def difference(pipeline, judges):
 
 @pytest.fixture(scope="module")
 def judges():
-    """Diffusers' and transformers' networks, with random weights."""
-    pairs = zip((unet_pair, vae_pair, text_pair), our_networks(**SMALL).values(), strict=True)
-    judges = {part: pair(ours.double())[1] for part, (pair, ours) in zip(PARTS, pairs, strict=True)}
+    """Diffusers' and transformers' networks, with random weights that fit into 16 bits."""
+    networks = our_networks(**SMALL)
+    judges = {part: pair(network)[1].half().double() for part, network in networks.items()}
     judges["unet"].register_to_config(sample_size=64)
     return judges
-
-
-@pytest.fixture(scope="module")
-def vocabulary():
-    """CLIP's list of bytes and then its order, written down once more."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    visible += range(ord("®"), ord("ÿ") + 1)
-    symbols = [*map(chr, visible), *(chr(256 + i) for i in range(256 - len(visible)))]
-    tokens = [*symbols, *(s + "</w>" for s in symbols), *map("".join, MERGES)]
-    return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
 
 
 def write_merges(folder, merges=MERGES):
@@ -153,46 +143,42 @@ class OldNumber:
 
 def write_checkpoint(path, tensors):
     """The .ckpt of a training: a class of a library that is not installed, numbers of NumPy."""
-    lightning = "pytorch_lightning.callbacks.model_checkpoint"
-    parents = ("pytorch_lightning", "pytorch_lightning.callbacks")
+    parents = "pytorch_lightning", "pytorch_lightning.callbacks"
     libraries = {name: types.ModuleType(name) for name in parents}
-    for module, name in ((lightning, "ModelCheckpoint"), ("numpy.core.multiarray", "scalar")):
+    for module, name in (LIGHTNING, NUMPY_1):
         libraries[module] = types.ModuleType(module)
         setattr(libraries[module], name, type(name, (), {"__module__": module}))
     states = {"best_model_score": OldNumber(), "lr": np.float64(0.5)}
-    callbacks = {libraries[lightning].ModelCheckpoint: states}
+    callbacks = {getattr(libraries[LIGHTNING[0]], LIGHTNING[1]): states}
     with mock.patch.dict(sys.modules, libraries):
         torch.save({"state_dict": tensors, "callbacks": callbacks}, path)
     pickled = zipfile.ZipFile(path).read(f"{path.stem}/data.pkl")
-    assert b"cnumpy.core.multiarray\nscalar" in pickled and lightning.encode() in pickled
+    assert all(f"c{module}\n{name}\n".encode() in pickled for module, name in (LIGHTNING, NUMPY_1))
 
 
-def make_old(folder):
+def make_old(folder, judges):
     """As first published: old names, no scaling_factor, a .bin, weights before their average."""
-    unet, vae, text = (next((folder / part).glob("*.safetensors")) for part in PARTS)
-    safetensors.torch.save_file({}, unet.with_suffix(".non_ema.safetensors"))
-    config = json.loads(vae.with_name("config.json").read_text())
+    unet, vae, text = (folder / part for part in PARTS)
+    (unet / "diffusion_pytorch_model.non_ema.safetensors").touch()
+    config = json.loads((vae / "config.json").read_text())
     del config["scaling_factor"]
-    vae.with_name("config.json").write_text(json.dumps(config))
-    weights = safetensors.torch.load_file(vae)
-    vae.unlink()
+    (vae / "config.json").write_text(json.dumps(config))
+    weights = judges["vae"].state_dict()
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, old in old_names.items():
         weights = {name.replace(f".{new}.", f".{old}."): w for name, w in weights.items()}
-    safetensors.torch.save_file(weights, vae)
-    weights = {"embeddings.position_ids": torch.arange(16)[None]}
-    for name, w in safetensors.torch.load_file(text).items():
-        weights[name.removeprefix("text_model.")] = w
-    text.unlink()
-    weights = {f"text_model.{name}": w for name, w in weights.items()}
-    torch.save(weights, text.with_name("pytorch_model.bin"))
+    safetensors.torch.save_file(weights, vae / "diffusion_pytorch_model.safetensors")
+    weights = {f"text_model.{name}": w for name, w in state_of(judges["text_encoder"]).items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    (text / "model.safetensors").unlink()
+    torch.save(weights, text / "pytorch_model.bin")
 
 
 @pytest.fixture
 def layout(tmp_path, judges):
     """layout(kind): a path to load, with a tokenizer."""
 
-    def layout(kind, judges=judges):
+    def layout(kind):
         path = tmp_path / f"v1-5{kind}"
         write_merges(path / "tokenizer" if kind.endswith("folder") else tmp_path)
         if kind == ".safetensors":
@@ -202,11 +188,10 @@ def layout(tmp_path, judges):
         else:
             for part, judge in judges.items():
                 judge.save_pretrained(path / part)
+            scheduler = diffusers.DDIMScheduler(**COSINE, timestep_spacing="trailing")
             if kind == " old folder":
-                make_old(path)
+                make_old(path, judges)
                 scheduler = diffusers.PNDMScheduler(**SCALED_LINEAR, steps_offset=1)
-            else:
-                scheduler = diffusers.DDIMScheduler(**COSINE, timestep_spacing="trailing")
             scheduler.save_pretrained(path / "scheduler")
         return path
 
@@ -263,45 +248,32 @@ THEN, TODAY = ("scaled_linear", "epsilon", "leading"), ("cosine", "v_prediction"
     ("kind", "settings"),
     [(".safetensors", THEN), (".ckpt", THEN), (" old folder", THEN), (" folder", TODAY)],
 )
-def test_every_layout_loads_and_computes_what_diffusers_does(kind, settings, layout, judges):
+def test_every_layout_computes_what_diffusers_does_also_once_it_is_saved(
+    kind, settings, layout, judges, tmp_path
+):
     pipeline = load(layout(kind))
     assert (pipeline.vae.scaling_factor, pipeline.size) == (0.18215, 512)
     assert settings == (pipeline.schedule.name, pipeline.prediction, pipeline.spacing)
-    assert not any(p.requires_grad for p in parameters(pipeline))
-    assert pipeline.tokenizer("the cat").shape == (1, 16)
-    assert difference(pipeline, judges) < 1e-9
-
-
-def test_a_single_file_may_be_for_inpainting(layout, judges):
-    unet = our_networks(**SMALL | {"unet": SMALL["unet"] | {"in_channels": 9}})["unet"]
-    judges = judges | {"unet": unet_pair(unet.double())[1]}
-    pipeline = load(layout(".safetensors", judges))
-    assert pipeline.for_inpainting and difference(pipeline, judges) < 1e-9
+    assert pipeline.for_inpainting and not any(p.requires_grad for p in parameters(pipeline))
+    assert difference(pipeline, **judges) < 1e-9
+    save(pipeline, tmp_path / "saved")
+    theirs = opened_by_diffusers(tmp_path / "saved")
+    assert difference(pipeline, theirs.unet, theirs.vae, theirs.text_encoder) < 1e-9
+    check_same_tokens(pipeline.tokenizer, theirs.tokenizer, varied_texts(50), 16)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for the addresses")
 @pytest.mark.parametrize("kind", [".safetensors", ".ckpt"])
 def test_loading_takes_no_memory_beside_the_file(kind, layout):
     """Weights that need no conversion stay in the file, mapped."""
-    pipeline, addresses = load(layout(kind)), []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith(f"v1-5{kind}"):
-            addresses.append(range(*(int(end, 16) for end in line.split()[0].split("-"))))
-    for p in parameters(pipeline):
-        assert any(p.data_ptr() in mapped for mapped in addresses)
-
-
-# Saving
-
-
-def opened_by_diffusers(folder):
-    options = {"safety_checker": None, "dtype": torch.float64}
-    return StableDiffusionPipeline.from_pretrained(folder, **options)
+    pipeline, maps = load(layout(kind)), Path("/proc/self/maps").read_text().splitlines()
+    ends = [line.split()[0].split("-") for line in maps if line.endswith(f"v1-5{kind}")]
+    mapped = [range(int(start, 16), int(end, 16)) for start, end in ends]
+    assert all(any(p.data_ptr() in part for part in mapped) for p in parameters(pipeline))
 
 
 def check_same_image(pipeline, theirs, prompt, negative):
     """In float64, from the same latents."""
-    theirs.set_progress_bar_config(disable=True)
     side = pipeline.size // pipeline.downsampling
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(1, 4, side, side, generator=generator, dtype=torch.float64)
@@ -317,45 +289,27 @@ OTHER = {"schedule": NoiseSchedule.linear(100), "spacing": "trailing"}
 
 
 @pytest.mark.parametrize("like", [TOY, SD, OTHER])
-def test_what_is_saved_loads_again_and_diffusers_draws_the_same(like, tmp_path):
-    pipeline = tiny_pipeline(dtype=torch.float32, **like)
-    for _ in range(2):  # the second time over files that are in use
-        save(pipeline, tmp_path)
-        again = load(tmp_path)
-        for part in PARTS:
-            assert getattr(again, part).config == getattr(pipeline, part).config
-        rounded = (p.half().float() for p in parameters(pipeline))
-        assert all(map(torch.equal, parameters(again), rounded))
-        assert {p.dtype for p in parameters(again)} == {torch.float32}  # unless asked for 16 bits
-        for name in ("size", "prediction", "spacing"):
-            assert getattr(again, name) == getattr(pipeline, name)
-        assert again.vae.scaling_factor == 0.4
-        assert torch.equal(again.schedule.alpha_bar, pipeline.schedule.alpha_bar)
-        pipeline = again
-    text = safetensors.torch.load_file(tmp_path / "text_encoder" / "model.safetensors")
-    assert all(n.startswith("text_model.") and w.dtype == torch.float16 for n, w in text.items())
-
+def test_what_is_saved_draws_the_same_here_and_in_diffusers(like, tmp_path):
+    pipeline = tiny_pipeline(**like)
+    save(pipeline, tmp_path)
     theirs = opened_by_diffusers(tmp_path)
     prompt, negative = "An orange cat, with  unheard eyes. " + "cat " * 20, "a black cat"
-    check_same_tokens(again.tokenizer, theirs.tokenizer, [prompt, ""], 10)
-    check_same_image(load(tmp_path, dtype=torch.float64), theirs, prompt, negative)
+    for ours in (pipeline, load(tmp_path, dtype=torch.float64)):
+        check_same_image(ours, theirs, prompt, negative)
+
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    again = load(tmp_path)
+    save(again, tmp_path)  # over files that are in use
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert {p.dtype for p in parameters(again)} == {torch.float32}  # unless asked for 16 bits
+    text = safetensors.torch.load_file(tmp_path / "text_encoder" / "model.safetensors")
+    assert all(n.startswith("text_model.") and w.dtype == torch.float16 for n, w in text.items())
 
 
 def test_the_pretrained_model_draws_what_diffusers_draws():
     folder, prompt = PRETRAINED / "latent-cats", "an orange cat with green eyes"
     ours, theirs = load(folder, dtype=torch.float64), opened_by_diffusers(folder)
     check_same_image(ours, theirs, prompt, "a black cat")
-
-
-def test_a_single_file_can_be_saved_as_a_folder(layout, judges, tmp_path):
-    for judge in judges.values():
-        judge.half().double()
-    save(load(layout(".safetensors")), tmp_path / "folder")
-    theirs = opened_by_diffusers(tmp_path / "folder")
-    again = load(tmp_path / "folder", dtype=torch.float64)
-    assert difference(again, judges) < 1e-9
-    assert difference(again, {part: getattr(theirs, part) for part in PARTS}) < 1e-9
-    check_same_tokens(again.tokenizer, theirs.tokenizer, varied_texts(50), 16)
 
 
 # The tokenizer
@@ -379,20 +333,20 @@ def check_same_tokens(ours, theirs, texts, length=77):
 
 
 @pytest.mark.parametrize("kind", ["vocab.json and merges.txt", "merges.txt", "tokenizer.json"])
-def test_tokens_are_transformers(kind, tmp_path, vocabulary):
+def test_tokens_are_transformers(kind, tmp_path):
+    symbols = [*bytes_to_unicode().values()]
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, MERGES)]
+    if "vocab.json" in kind:
+        tokens.reverse()  # another order than CLIP's
+    vocabulary = {token: i for i, token in enumerate([*tokens, START, END])}
     theirs = CLIPTokenizer(vocabulary, MERGES)
     if kind == "tokenizer.json":
         theirs.save_pretrained(tmp_path)
     else:
         write_merges(tmp_path)
-    if "vocab.json" in kind:  # in another order than CLIP's
-        n = len(vocabulary) - 2
-        vocabulary = {token: n - 1 - i if i < n else i for token, i in vocabulary.items()}
+    if "vocab.json" in kind:
         (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), "utf-8")
-        theirs = CLIPTokenizer(vocabulary, MERGES)
-    ours, size = Tokenizer.load(tmp_path, 77), len(vocabulary)
-    assert (ours.size, ours.start, ours.end) == (size, size - 2, size - 1)
-    check_same_tokens(ours, theirs, varied_texts(1000))
+    check_same_tokens(Tokenizer.load(tmp_path, 77), theirs, varied_texts(1000))
 
 
 @pytest.mark.skipif("CLIP_MERGES" not in os.environ, reason="names no bpe_simple_vocab_16e6.txt.gz")
@@ -401,7 +355,6 @@ def test_clips_own_tokens_are_transformers(tmp_path):
     merges = [tuple(line.split()) for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]]
     write_merges(tmp_path, merges)
     ours = Tokenizer.load(tmp_path, 77)
-    assert (ours.size, ours.start, ours.end) == (49408, 49406, 49407)
     ids = [49406, 320, 8853, 539, 550, 18376, 6765, 320, 4558, 49407]  # as published
     assert ours("a photograph of an astronaut riding a horse").tolist() == [ids + [49407] * 67]
     check_same_tokens(ours, CLIPTokenizer(ours.rules.get_vocab(), merges), varied_texts(1000))
@@ -420,6 +373,17 @@ def change_bias(change):
     return lambda weights: weights | {BIAS: change(weights[BIAS])}
 
 
+def compressed(weights):
+    """As a ZIP program may make it."""
+    stored, deflated = io.BytesIO(), io.BytesIO()
+    torch.save(weights, stored)
+    source = zipfile.ZipFile(stored)
+    with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    return deflated.getvalue()
+
+
 BAD = [  # the file; its new content, entries or weights, or None: it is missing; the sentence
     (UNET_FILE, b"{", "is damaged"),
     (UNET_FILE, b"[]", "is damaged"),
@@ -433,8 +397,6 @@ BAD = [  # the file; its new content, entries or weights, or None: it is missing
     (UNET_FILE, {"attention_head_dim": [5, 10, 20, 20]}, "XL differ.* attention_head_dim 8"),
     (UNET_FILE, {"attention_head_dim": 5}, "heads that divide the width 16, got 5"),
     (UNET_FILE, {"norm_num_groups": 0}, "with norm_num_groups 32, got 0"),
-    (UNET_FILE, {"norm_num_groups": 32}, "divisible by num_groups"),
-    (UNET_FILE, {"down_block_types": ["DownBlock2D"]}, "expected 2 attention_levels"),
     (UNET_FILE, {"use_linear_projection": True}, "with use_linear_projection False"),
     (VAE_FILE, {"scaling_factor": float("nan")}, "with scaling_factor"),
     (VAE_FILE, {"latent_channels": "4"}, "with latent_channels 4, got '4'"),
@@ -447,7 +409,6 @@ BAD = [  # the file; its new content, entries or weights, or None: it is missing
     (TOKENIZER, {"added_tokens": [], "model": {"type": "WordLevel", "vocab": {}}}, "not a"),
     (TOKENIZER, {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "?"}}, "not a"),
     (TOKENIZER, None, r"not a tokenizer of CLIP or .* merges\.txt"),
-    (WEIGHTS, b"", "is damaged"),
     (WEIGHTS, b"<html>not found</html>", "is damaged"),
     (WEIGHTS, None, "expected weights"),
     (WEIGHTS, change_bias(lambda w: w * torch.nan), r"\(8,\) finite numbers"),
@@ -456,26 +417,31 @@ BAD = [  # the file; its new content, entries or weights, or None: it is missing
     (WEIGHTS, change_bias(lambda w: w[1:]), r"bias \(7,\) is not \(8,\) finite numbers"),
     (WEIGHTS, lambda weights: weights | {"extra": torch.zeros(1)}, "extra is not known"),
     (WEIGHTS, lambda weights: {BIAS: weights[BIAS]}, "weight is missing; .*; and 148 more"),
+    (BIN, lambda weights: b"", "is damaged"),
+    (BIN, lambda weights: pickle.dumps({"evil": Evil()}), "is damaged"),
+    (BIN, compressed, "is damaged"),  # mmap reads it wrong
     (BIN, lambda weights: [*weights.values()], "is damaged"),
+    (BIN, lambda weights: weights | {"evil": Evil()}, "is damaged"),
+    (BIN, lambda weights: {"state_dict": Evil()}, "is damaged"),
     (BIN, change_bias(lambda w: torch.zeros(1).expand(8)), r"\(8,\) finite numbers"),
     (BIN, change_bias(lambda w: w.to_sparse()), r"\(8,\) finite numbers"),
     (BIN, change_bias(lambda w: w.to("meta")), r"\(8,\) finite numbers"),
-    (BIN, lambda weights: weights | {"evil": Evil()}, "is damaged"),
 ]
 
 
 def damage(file, change):
+    if callable(change):
+        weights = file.with_suffix(".safetensors")
+        change = change(safetensors.torch.load_file(weights))
+        weights.unlink()
     if change is None:
         file.unlink()
     elif isinstance(change, bytes):
         file.write_bytes(change)
-    elif isinstance(change, dict):
+    elif file.suffix == ".json":
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     else:
-        weights = file.with_suffix(".safetensors")
-        new = change(safetensors.torch.load_file(weights))
-        weights.unlink()
-        (safetensors.torch.save_file if file == weights else torch.save)(new, file)
+        (safetensors.torch.save_file if file.suffix == ".safetensors" else torch.save)(change, file)
 
 
 def refused(path, sentence):
@@ -515,26 +481,14 @@ def test_parts_that_do_not_fit_together_are_refused(here):
         refused(here / "toy", sentence)
 
 
-def test_a_damaged_single_file_is_one_sentence(layout, here):
-    path = layout(".ckpt")
-    whole = path.read_bytes()
-    for content in (b"", whole[:100], whole[: len(whole) // 2], pickle.dumps({"a": Evil()})):
-        path.write_bytes(content)
-        refused(path, r"v1-5\.ckpt: expected .* is damaged")
-    for content in ({"state_dict": {}, "a": Evil()}, {"state_dict": Evil()}):
-        torch.save(content, path)
-        refused(path, "is damaged")
-    torch.save({"weights": torch.randn(1000)}, path)
-    with zipfile.ZipFile(path) as archive:
-        entries = [(name, archive.read(name)) for name in archive.namelist()]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:  # mmap reads it wrong
-        for entry in entries:
-            compressed.writestr(*entry)
-    refused(path, "is damaged")
-    refused(here / "nothing.ckpt", r"nothing\.ckpt: No such file")
+def test_a_single_file_that_is_none_is_one_sentence(here):
+    path = here / "v1-5.ckpt"
+    refused(path, r"v1-5\.ckpt: No such file")
+    path.write_bytes(b"<html>not found</html>")
+    refused(path, r"v1-5\.ckpt: expected .* is damaged")
     tensors = {"conditioner.embedders.0.model.logit_scale": torch.zeros(1)}
     torch.save(tensors, path)
-    refused(path, "2.x and XL differ.* is missing")
+    refused(path, r"v1-5\.ckpt: .*2.x and XL differ.* is missing")
     for name in ("embeddings.token_embedding", "embeddings.position_embedding"):
         claim = torch.zeros(1).expand(10**12, 768)  # terabytes
         tensors[f"{PREFIX['text_encoder']}{name}.weight"] = claim

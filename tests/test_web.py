@@ -69,18 +69,6 @@ def test_timestep_pairs_are_those_of_processes():
     assert ours == [[[*p] for p in processes.timestep_pairs(1000, n)] for n in range(1, 1001)]
 
 
-@pytest.fixture
-def hand_over(monkeypatch):
-    """hand_over(noise): from now on `randn_like` returns one of these after the other."""
-
-    def hand_over(noise):
-        values = iter(noise)
-        for module in (processes, latent_ext.pipeline):
-            monkeypatch.setattr(module, "randn_like", lambda x, generator=None: next(values)[None])
-
-    return hand_over
-
-
 def network(x_t, t, context):
     """Any function will do: this one has no symmetry that could hide a mistake."""
     return torch.tanh(0.7 * x_t + t.to(x_t).view(-1, 1, 1, 1) / 1000 + context) + 0.3 * context
@@ -92,20 +80,20 @@ def network(x_t, t, context):
 @pytest.mark.parametrize(
     ("output", "clip_x0", "skip"), [("v", True, 0), ("noise", False, 5), ("v", False, 2)]
 )
-def test_sample_equals_processes_at_every_step(hand_over, eta, guidance, output, clip_x0, skip):
+def test_sample_equals_processes_at_every_step(eta, guidance, output, clip_x0, skip):
     """In float64: near pure noise x0 is a difference of nearly equal numbers, divided by 1e-4."""
-    schedule = NoiseSchedule.cosine()
+    schedule, generator = NoiseSchedule.cosine(), torch.Generator().manual_seed(1)
+    x0, noise = torch.randn(2, 1, 3, 4, 4, generator=generator, dtype=torch.float64)
+    pairs = processes.timestep_pairs(schedule.T, 12)[skip:]
+    generator.manual_seed(0)
+    fresh = torch.stack([processes.randn_like(x0, generator) for _ in pairs])
     predict_noise = processes.noise_from_v(network, schedule) if output == "v" else network
     contexts = [torch.full((1, 1, 1, 1), context).double() for context in (0.4, -0.5)]
     predict_noise = guided(predict_noise, *contexts, guidance)
-    pairs = processes.timestep_pairs(schedule.T, 12)[skip:]
-    shape, generator = (2 + len(pairs), 3, 4, 4), torch.Generator().manual_seed(0)
-    x0, noise, *fresh = torch.randn(shape, generator=generator, dtype=torch.float64)
-    x, _ = processes.add_noise(x0[None], torch.tensor([pairs[0][0]]), schedule, noise[None])
-    hand_over(fresh)
+    x, _ = processes.add_noise(x0, torch.tensor([pairs[0][0]]), schedule, noise)
     steps, options = [], {"eta": eta, "timesteps": pairs, "clip_x0": clip_x0}
     options["on_step"] = lambda x, t_prev, x0: steps.append((t_prev, x, x0)) or 0.9 * x
-    processes.sample(predict_noise, x, schedule, **options)
+    processes.sample(predict_noise, x, schedule, generator=generator.manual_seed(0), **options)
 
     script = """const network = (x_t, t, context) =>
             x_t.map((x) => Math.tanh(0.7 * x + t / 1000 + context) + 0.3 * context);
@@ -120,7 +108,7 @@ def test_sample_equals_processes_at_every_step(hand_over, eta, guidance, output,
         const x = s.addNoise(Float64Array.from(x0), pairs[0][0], schedule, noise);
         await s.sample(s.guided(wrapped, 0.4, -0.5, guidance), x, schedule, options);
         print(steps);"""
-    numbers = {"x0": x0, "noise": noise, "fresh": torch.stack(fresh)}
+    numbers = {"x0": x0, "noise": noise, "fresh": fresh}
     numbers = {name: number.flatten().tolist() for name, number in numbers.items()}
     choices = {"eta": eta, "guidance": guidance, "output": output, "clipX0": clip_x0}
     ours = node(script, **numbers, **choices, pairs=pairs)
@@ -261,28 +249,22 @@ def address(exported):
     server.shutdown()
 
 
+SEED, STEPS, ETA = 5, 12, 0.6
+
+
 @pytest.fixture(scope="module")
 def page(browser, address):
+    """It has drawn four cats."""
     page = Page(browser)
     page.open(address)
-    yield page
-    page.page.close()
-
-
-@pytest.fixture
-def fresh(browser, page):
-    """Another one, not yet opened, while the first stays open."""
-    fresh = Page(browser)
-    yield fresh
-    fresh.page.close()
+    page.set("draw", seed=SEED, steps=STEPS, eta=ETA)
+    page.click("[name=draw] button")
+    return page
 
 
 def off(ours, theirs):
     """The greatest difference, of 255, from images in [-1, 1]."""
     return (ours - to_uint8(theirs)).abs().max().item()
-
-
-SEED, STEPS = 5, 12
 
 
 def page_noise(*shape, seed=SEED):
@@ -292,12 +274,16 @@ def page_noise(*shape, seed=SEED):
     return torch.tensor(numbers).view(-1, *shape)
 
 
-@pytest.fixture(scope="module")
-def drawn(page):
-    """The page has drawn four cats, with eta 0.6."""
-    page.set("draw", seed=SEED, steps=STEPS, eta=0.6)
-    page.click("[name=draw] button")
-    return page
+@pytest.fixture
+def hand_over(monkeypatch):
+    """hand_over(noise): from now on `randn_like` returns one of these after the other."""
+
+    def hand_over(noise):
+        values = iter(noise)
+        for module in (processes, latent_ext.pipeline):
+            monkeypatch.setattr(module, "randn_like", lambda x, generator=None: next(values)[None])
+
+    return hand_over
 
 
 @pytest.fixture
@@ -315,7 +301,7 @@ def python_cat(hand_over):
             steps.append((x[0], x0[0]))
             return x
 
-        options = {"eta": 0.6, "steps": STEPS, "clip_x0": True, "on_step": remember} | options
+        options = {"eta": ETA, "steps": STEPS, "clip_x0": True, "on_step": remember} | options
         processes.sample(wrap(network, schedule, config), x[None], schedule, **options)
         return steps
 
@@ -323,51 +309,48 @@ def python_cat(hand_over):
 
 
 @pytest.mark.slow
-def test_page_shows_what_python_draws_at_each_step(drawn, python_cat):
+def test_page_shows_what_python_draws_at_each_step(page, python_cat):
     steps, pairs = python_cat(), processes.timestep_pairs(1000, STEPS)
     x = [page_noise(3, 32, 32)[0], *(x for x, _ in steps)]
     alpha_bar = [*load_model("cats")[1].alpha_bar.tolist(), 1]
     for k in (0, 1, 6, STEPS - 1):
-        drawn.scrub("cats", k)
-        assert off(drawn.row("cats", 1)[0], x[k]) <= 2
-        assert off(drawn.row("cats", 3)[0], steps[k][1]) <= 2
-        shown, (t, t_prev) = drawn.page.inner_text("#equation"), pairs[k]
+        page.scrub("cats", k)
+        assert off(page.row("cats", 1)[0], x[k]) <= 2
+        assert off(page.row("cats", 3)[0], steps[k][1]) <= 2
+        shown, (t, t_prev) = page.page.inner_text("#equation"), pairs[k]
         assert f"t = {t}," in shown and ("result" if t_prev == -1 else f"x{t_prev}") in shown
         assert f"noise) / {alpha_bar[t] ** 0.5:.3g}" in shown or alpha_bar[t] < 1e-6
         assert f"{alpha_bar[t_prev] ** 0.5:.3g} x0" in shown
-    drawn.scrub("cats", STEPS)
-    first, *_, last = drawn.row("cats", 1)
+    page.scrub("cats", STEPS)
+    first, *_, last = page.row("cats", 1)
     assert off(first, x[STEPS]) <= 2 and off(last, python_cat(SEED + 3)[-1][0]) <= 2
     assert not torch.equal(first, last)
 
 
-def late_pairs():
-    """The loop that starts too late: at 916 of 999, and ends with the pair (0, -1)."""
-    t = [round(1000 * i / STEPS) for i in reversed(range(STEPS))]
-    return [*itertools.pairwise([*t, -1])]
+LATE = [round(1000 * k / STEPS) for k in reversed(range(STEPS))]  # it starts at 917 of 999
 
 
 def noise_at_the_end(x, t_prev, x0):
     schedule, t = load_model("cats")[1], processes.timestep_pairs(1000, STEPS)[-1][0]
-    sigma = 0.6 * (1 - schedule.alpha_bar[t]).sqrt()
+    sigma = ETA * (1 - schedule.alpha_bar[t]).sqrt()
     return x + sigma * page_noise(3, 32, 32)[-1] if t_prev == -1 else x
 
 
 BROKEN = {
     "clip": {"clip_x0": False},
     "last": {"on_step": noise_at_the_end},
-    "late": {"timesteps": late_pairs()},
+    "late": {"timesteps": [*itertools.pairwise([*LATE, -1])]},
     "v": {"wrap": lambda network, schedule, config: network},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bugs", [["last"], ["late"], ["v"], ["clip", "late"], []])
-def test_page_breaks_the_loop_as_it_says(drawn, python_cat, bugs):
+def test_page_breaks_the_loop_as_it_says(page, python_cat, bugs):
     for name in BROKEN:
-        drawn.page.set_checked(f"[name=break] [name={name}]", name in bugs)
-    drawn.idle()
-    right, broken = drawn.row("broken", 1), drawn.row("broken", 2)
+        page.page.set_checked(f"[name=break] [name={name}]", name in bugs)
+    page.idle()
+    right, broken = page.row("broken", 1), page.row("broken", 2)
     options = dict(option for bug in bugs for option in BROKEN[bug].items())
     assert off(broken[0], python_cat(**options)[-1][0]) <= 2
     assert off(right[0], python_cat()[-1][0]) <= 2
@@ -422,15 +405,15 @@ def test_page_draws_and_paints_in_what_python_does(page, hand_over):
 
 
 @pytest.mark.slow
-def test_page_plays_and_pauses(drawn):
-    drawn.scrub("cats", STEPS)
-    step = drawn.page.locator("#cats output")
+def test_page_plays_and_pauses(page):
+    page.scrub("cats", STEPS)
+    step = page.page.locator("#cats output")
     for _ in range(2):
-        drawn.page.click("#cats .player-controls button")
-        drawn.page.wait_for_timeout(300)
+        page.page.click("#cats .player-controls button")
+        page.page.wait_for_timeout(300)
     paused = step.inner_text()
     assert paused not in (f"step {STEPS} of {STEPS}", f"step 0 of {STEPS}")
-    drawn.page.wait_for_timeout(300)
+    page.page.wait_for_timeout(300)
     assert step.inner_text() == paused
 
 
@@ -475,11 +458,13 @@ def other_network(route):
         ),
     ],
 )
-def test_page_says_what_is_wrong(fresh, address, answers, sentence):
+def test_page_says_what_is_wrong(browser, address, answers, sentence):
+    page = Page(browser)
     for glob, answer in answers.items():
-        fresh.page.route(glob, answer)
+        page.page.route(glob, answer)
     if not answers:
-        fresh.page.add_init_script("delete globalThis.WebAssembly")
-    fresh.open(address, sentence)
-    fresh.idle()
-    assert sentence in fresh.page.inner_text("#status")  # it stays there
+        page.page.add_init_script("delete globalThis.WebAssembly")
+    page.open(address, sentence)
+    page.idle()
+    assert sentence in page.page.inner_text("#status")  # it stays there
+    page.page.close()
