@@ -39,9 +39,8 @@ def images(n=2, size=32, seed=0):
     return torch.randint(0, 257, (n, 3, size, size), generator=generator).double() / 128 - 1
 
 
-def opened_by_diffusers(folder):
-    options = {"safety_checker": None, "dtype": torch.float64}
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, **options)
+def opened_by_diffusers(folder, kind=diffusers.StableDiffusionPipeline):
+    theirs = kind.from_pretrained(folder, safety_checker=None, dtype=torch.float64)
     theirs.set_progress_bar_config(disable=True)
     return theirs
 
@@ -49,8 +48,7 @@ def opened_by_diffusers(folder):
 def judge(kind, pipeline, folder):
     """diffusers' pipeline, of the folder that ours writes, with our levels in double precision."""
     save(pipeline, folder)
-    judge = kind(**opened_by_diffusers(folder).components, requires_safety_checker=False)
-    judge.set_progress_bar_config(disable=True)
+    judge = opened_by_diffusers(folder, kind)
     alpha_bar = judge.scheduler.alphas_cumprod = pipeline.schedule.alpha_bar.double()
     if pipeline.spacing == "leading":  # else it ends at level 1
         judge.scheduler.final_alpha_cumprod = alpha_bar[0]
