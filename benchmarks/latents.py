@@ -11,7 +11,7 @@ this VAE allows.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -111,7 +111,11 @@ def train_unet(
 
 @torch.no_grad()
 def draw(
-    predict_noise: Network, schedule: NoiseSchedule, shape, args: argparse.Namespace, decode
+    predict_noise: Network,
+    schedule: NoiseSchedule,
+    shape: Sequence[int],
+    args: argparse.Namespace,
+    decode: Callable | None = None,
 ) -> Tensor:
     """args.n samples, uint8 (N, C, H, W): 40 calls of second order, as photographs need it."""
     options = {"device": args.device, "timesteps": snr_pairs(schedule, 40), "order": 2}
