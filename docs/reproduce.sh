@@ -9,10 +9,9 @@ cats) # 13 minutes, and 3 for the evaluation
     python train.py --steps 9000 --out "$out"
     python evaluate.py --model "$out/model.pt" --out "$out/evaluation.png"
     ;;
-real-cats) # 15 minutes, and 5; PHOTOS: a folder of photographs. The pretrained file is older.
-    python train.py --data "${PHOTOS:?expected a folder}" --out "$out" \
-        --schedule cosine --steps 3600
-    python evaluate.py --model "$out/model.pt" --data "$PHOTOS" --out "$out/evaluation.png"
+real-cats) # 55 minutes, and 3; PHOTOS: a folder of photographs
+    python train.py --data "${PHOTOS:?expected a folder}" --out "$out" --steps 15000
+    python evaluate.py --model "$out/model.pt" --data "$PHOTOS" --order 2 --out "$out/evaluation.png"
     ;;
 digits) # 6 minutes, and 4
     python -m latent_ext.train classes --data mnist --out "$out"
