@@ -25,7 +25,7 @@ n=$(if [ "$short" ]; then echo 4; else echo 256; fi)
 rounds=$(if [ "$short" ]; then echo 1; else echo 20; fi)
 
 # 1. The default training: minutes and images a second, and a step with and without torch.compile.
-measure train python train.py --device "$device" --steps "$(steps 3200)" --out "$results/cats"
+measure train python train.py --device "$device" --steps "$(steps 3300)" --out "$results/cats"
 measure evaluate python evaluate.py --device "$device" --model "$results/cats/model.pt" --n "$n" \
     --out "$results/evaluation.png"
 measure step python -m benchmarks.speed --device "$device" --precision float32 bfloat16 \
@@ -39,7 +39,7 @@ fi
 if [ "${PHOTOS:-}" ]; then
     measure real-cats python train.py --device "$device" --data "$PHOTOS" \
         --steps "$(steps 100000)" --batch 64 --out "$results/real-cats"
-    measure evaluate-real-cats python evaluate.py --device "$device" --data "$PHOTOS" \
+    measure evaluate-real-cats python evaluate.py --device "$device" --data "$PHOTOS" --order 2 \
         --model "$results/real-cats/model.pt" --n "$n" --out "$results/real-evaluation.png"
 fi
 
