@@ -11,7 +11,8 @@ cats) # 13 minutes, and 3 for the evaluation
     ;;
 real-cats) # 55 minutes, and 3; PHOTOS: a folder of photographs
     python train.py --data "${PHOTOS:?expected a folder}" --out "$out" --steps 15000
-    python evaluate.py --model "$out/model.pt" --data "$PHOTOS" --order 2 --out "$out/evaluation.png"
+    python evaluate.py --model "$out/model.pt" --data "$PHOTOS" --order 2 \
+        --out "$out/evaluation.png"
     ;;
 digits) # 6 minutes, and 4
     python -m latent_ext.train classes --data mnist --out "$out"
