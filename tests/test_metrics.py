@@ -308,6 +308,8 @@ def test_the_pretrained_judge_notices_damages_that_it_has_never_seen(here, monke
     damaged += [(from_uint8(data.images[data.labels[:, 0] == 0][:500]), 1)]  # only black cats
     distances, real = (kernel_distance, frechet_distance), judge.real[::2]
     undamaged = [jackknife(distance, drawings, real) for distance in distances]
+    weaker = [x0 + 0.15 * torch.eye(3)[0].view(3, 1, 1), x0 + 0.06 * noise]
+    damaged += [(x, 1) for x in (*weaker, gaussian_blur(x0, 7, 0.6))]  # the distances notice
     for i, (x, most) in enumerate(damaged):
         features = extract(to_uint8(x))
         assert judge.clean(features).float().mean() <= most, i
