@@ -446,7 +446,8 @@ def experiment_texture() -> None:
         pairs = timestep_pairs(schedule.T, steps) if order == 1 else snr_pairs(schedule, steps)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(50_000, len(spread), generator=generator, dtype=torch.float64)
-        x0 = sample(predict_noise, x, schedule, steps, eta, pairs, False, order, generator)
+        options = {"eta": eta, "timesteps": pairs, "order": order, "generator": generator}
+        x0 = sample(predict_noise, x, schedule, **options)
         kept = " | ".join(f"{100 * share:.0f} %" for share in x0.std(0) / spread)
         print(f"| {steps} | {eta} | {order} | {kept} |")
 
