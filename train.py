@@ -74,7 +74,8 @@ def main() -> None:
         x_t, noise = add_noise(x0, t, schedule, run.randn_like(x0))
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(x_t, t), noise)  # math.md (7)
-        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        gradient_step(loss, run.network, run.optimizers, run.step, run.steps, run.precision)
+        update_ema(run.ema, run.network, run.step)
         run.log(loss)
         if run.preview_due():
             log_samples(run, PREDICTIONS[prediction](run.ema, schedule), schedule)
@@ -93,9 +94,9 @@ def make_optimizers(network: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def gradient_step(
-    loss: Tensor, network: nn.Module, ema: nn.Module, optimizers: Sequence, step: int, steps: int
+    loss: Tensor, network: nn.Module, optimizers: Sequence, step: int, steps: int, precision: str
 ) -> None:
-    """Backward, clip the gradient, update the weights, then their moving average."""
+    """Backward, clip the gradient, update the weights; precision: of Muon's matrix products."""
     loss.backward()
     grad_norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_GRAD_NORM)
     if not (loss + grad_norm).isfinite():
@@ -107,9 +108,9 @@ def gradient_step(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        optimizer.step()
+        with autocast(loss.device, precision):
+            optimizer.step()
         optimizer.zero_grad()
-    update_ema(ema, network, step + 1)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -163,7 +164,8 @@ def start_run(
         with autocast(run.device, precision):
             outputs = network(*(x.expand(run.shard, *x.shape[1:]).to(run.device) for x in example))
         loss = sum(y.float().square().mean() for y in outputs)  # only its time counts
-        gradient_step(loss, network, ema, optimizers, 0, run.steps)
+        gradient_step(loss, network, optimizers, 0, run.steps, precision)
+        update_ema(ema, network, 0)
 
     @torch.no_grad()
     def preview_call(precision: str) -> None:

@@ -35,7 +35,7 @@ from toolbox.images import grid, save_plot
 from toolbox.models import load_model, predict_noise_of, read
 from toolbox.run import Run
 from toolbox.seeds import sample_seeds
-from train import LARGE, autocast, gradient_step, start_run
+from train import LARGE, autocast, gradient_step, start_run, update_ema
 from unet import UNet
 
 LATENT_CHANNELS = 8  # with 4, as in Stable Diffusion, photographs of 64 pixels become blurred
@@ -104,7 +104,8 @@ def train_unet(
         z_t, noise = add_noise(z0, t, schedule, run.randn_like(z0))
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(z_t, t), noise)
-        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        gradient_step(loss, run.network, run.optimizers, run.step, run.steps, run.precision)
+        update_ema(run.ema, run.network, run.step)
         run.log(loss)
     return run, schedule, lambda z0: vae.decode(z0 / latents.scaling_factor)
 

@@ -23,7 +23,7 @@ import evaluate
 from benchmarks.speed import diffusers_unet
 from processes import NoiseSchedule, add_noise
 from toolbox.data import load_data
-from toolbox.device import tune_malloc
+from toolbox.device import tune
 from toolbox.metrics import feature_net
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--network", choices=["example", "ours"], default="ours")
     parser.add_argument("--n", type=int, default=256, help="samples (default: 256)")
     args = parser.parse_args()
-    tune_malloc()
+    tune(torch.device("cpu"))
     torch.manual_seed(0)
     data, held_out = (load_data("cats", held_out=part) for part in (False, True))
     schedule = NoiseSchedule.linear()

@@ -14,10 +14,10 @@ from evaluate import generate
 from processes import NoiseSchedule, add_noise
 from toolbox import metrics
 from toolbox.data import load_data
-from toolbox.device import tune_malloc
+from toolbox.device import tune
 from toolbox.models import PREDICTIONS
 from toolbox.run import generator_for
-from train import autocast, gradient_step, make_optimizers
+from train import autocast, gradient_step, make_optimizers, update_ema
 from unet import UNet
 
 WAYS = {  # schedule, what the network predicts, what the loss compares
@@ -36,7 +36,7 @@ def main() -> None:
     add("--n", type=int, default=256, help="samples per model (default: 256)")
     add("--precision", default="bfloat16", choices=["float32", "bfloat16"])
     args = parser.parse_args()
-    tune_malloc()
+    tune(CPU)
     data, held_out = (load_data("cats", held_out=part) for part in (False, True))
     classifier = metrics.feature_net(data)
     judge = metrics.Judge(classifier, data, held_out)
@@ -75,7 +75,8 @@ def train(data, schedule, prediction: str, target: str, steps: int, precision: s
                 loss = F.mse_loss(network(x_t, t), noise - x0)
             else:
                 loss = F.mse_loss(predict_noise(x_t, t), noise)
-        gradient_step(loss, network, ema, optimizers, step, steps)
+        gradient_step(loss, network, optimizers, step, steps, precision)
+        update_ema(ema, network, step)
     return PREDICTIONS[prediction](ema, schedule)
 
 

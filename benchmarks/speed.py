@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from latent_ext.attention import SpatialTransformer
-from toolbox.device import pick_device, tune_malloc
-from train import autocast, gradient_step, make_optimizers
+from toolbox.device import pick_device, tune
+from train import autocast, gradient_step, make_optimizers, update_ema
 from unet import UNet
 
 V15 = {"channels": (320, 640, 1280, 1280), "num_res_blocks": 2, "groups": 32, "heads": 8}
@@ -74,6 +74,8 @@ def make_step(args: argparse.Namespace, name: str, training: bool) -> Callable[[
     inputs = [given.to(device) for given in inputs[: 3 if args.v15 else 2]]
     if args.compile and name == "ours":
         network.compile()
+    if training:
+        tune(device)
     if training and name == "ours":
         ema, optimizers = copy.deepcopy(network), make_optimizers(network)
     elif training:
@@ -84,7 +86,8 @@ def make_step(args: argparse.Namespace, name: str, training: bool) -> Callable[[
             y = network(*inputs)
             loss = F.mse_loss(y if isinstance(y, torch.Tensor) else y.sample, inputs[0])
         if training and name == "ours":
-            gradient_step(loss, network, ema, optimizers, 100, 1000)
+            gradient_step(loss, network, optimizers, 100, 1000, precision)
+            update_ema(ema, network, 100)
         elif training:
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -98,7 +101,6 @@ def make_step(args: argparse.Namespace, name: str, training: bool) -> Callable[[
 
 def peak_memory(args: argparse.Namespace, name: str, training: bool) -> float:
     """Gigabytes that the network and two steps add to a process (on a GPU: to its memory)."""
-    tune_malloc()
     before = memory_used()
     step = make_step(args, name, training)
     for _ in range(2):
@@ -126,7 +128,6 @@ def main() -> None:
     add("--device", help="cpu, cuda or mps (default: the fastest available)")
     args = parser.parse_args()
     args.batch = args.batch or (1 if args.v15 else 16)
-    tune_malloc()
     names = [*(LARGE if args.v15 else TOY)]
     if "lucidrains" in names and find_spec("denoising_diffusion_pytorch") is None:
         names.remove("lucidrains")

@@ -19,7 +19,7 @@ from toolbox.images import loss_by_level, plot_training, save_grid
 from toolbox.models import model_config
 from toolbox.run import Run
 from toolbox.seeds import sample_seeds
-from train import autocast, gradient_step, start_run
+from train import autocast, gradient_step, start_run, update_ema
 
 STEPS, BATCH = 2200, 16
 CHANNELS = (24, 48, 96, 96)  # as in the core
@@ -49,7 +49,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
                 attribute[drop_condition(run)] = 0
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(x_t, t, labels), noise)  # math.md (7)
-        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        gradient_step(loss, run.network, run.optimizers, run.step, run.steps, run.precision)
+        update_ema(run.ema, run.network, run.step)
         run.log(loss)
         if run.preview_due():
             labels = data.labels[preview_indices(data)].to(run.device) + 1

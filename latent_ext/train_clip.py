@@ -14,7 +14,7 @@ from latent_ext.clip import CLIP, ImageEncoder, TextEncoder, Tokenizer, contrast
 from latent_ext.data import unique_captions
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.images import plot_training, save_plot, to_image
-from train import autocast, gradient_step, start_run
+from train import autocast, gradient_step, start_run, update_ema
 
 STEPS, BATCH = 300, 64
 PATCH = 8  # width and height in pixels
@@ -43,7 +43,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
         with autocast(run.device, run.precision):
             logits = run.model(x0, tokens[chosen].to(run.device))  # (B, B)
         loss = contrastive_loss(logits, chosen.to(run.device))  # math.md (17)
-        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        gradient_step(loss, run.network, run.optimizers, run.step, run.steps, run.precision)
+        update_ema(run.ema, run.network, run.step)
         run.log(loss)
         if run.preview_due():
             accuracy = 100 * retrieval_accuracy(run.ema, tokenizer, held_out, others)

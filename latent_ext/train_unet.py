@@ -25,7 +25,7 @@ from toolbox.data import Data
 from toolbox.device import RANK
 from toolbox.files import UserError
 from toolbox.models import read, same_network
-from train import autocast, gradient_step, start_run
+from train import autocast, gradient_step, start_run, update_ema
 from unet import UNet
 
 STEPS, BATCH = 2400, 16
@@ -63,7 +63,8 @@ def train(args: argparse.Namespace, data: Data) -> None:
         chosen[drop_condition(run)] = 0  # the empty caption
         with autocast(run.device, run.precision):
             loss = F.mse_loss(predict_noise(z_t, t, contexts[chosen]), noise)  # math.md (7)
-        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        gradient_step(loss, run.network, run.optimizers, run.step, run.steps, run.precision)
+        update_ema(run.ema, run.network, run.step)
         run.log(loss)
         if run.preview_due():
             context = contexts[variants[preview_indices(latents), 0]]

@@ -16,7 +16,7 @@ from latent_ext.data import preview_indices
 from latent_ext.vae import VAE, kl_divergence
 from toolbox.data import Data, from_uint8, load_data
 from toolbox.images import plot_training, save_grid
-from train import autocast, gradient_step, start_run
+from train import autocast, gradient_step, start_run, update_ema
 
 STEPS, BATCH = 4500, 4
 CHANNELS = (16, 32, 64)
@@ -40,7 +40,8 @@ def train(args: argparse.Namespace, data: Data, latent_channels: int = 4) -> Non
             x, mean, logvar = run.model(x0, run.randn_like(z))
         kl = kl_divergence(mean.float(), logvar.float())  # math.md (16)
         loss = F.mse_loss(x.float(), x0) + KL_WEIGHT * kl
-        gradient_step(loss, run.network, run.ema, run.optimizers, run.step, run.steps)
+        gradient_step(loss, run.network, run.optimizers, run.step, run.steps, run.precision)
+        update_ema(run.ema, run.network, run.step)
         run.log(loss)
         if run.preview_due():
             x0 = from_uint8(held_out.images[preview_indices(held_out)]).to(run.device)

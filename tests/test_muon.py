@@ -23,6 +23,15 @@ def test_singular_vectors_stay_and_singular_values_become_one(shape, scale):
     assert values.diagonal().min() > 0.65 and values.diagonal().max() < 1.25
 
 
+def test_bfloat16_changes_it_by_a_few_percent():
+    matrix = torch.randn(96, 864, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = orthogonal(matrix)
+    fine = orthogonal(matrix)
+    assert coarse.dtype == torch.bfloat16
+    assert (coarse - fine).norm() < 0.03 * fine.norm()
+
+
 def test_what_a_gradient_does_not_have_is_not_invented():
     assert not orthogonal(torch.zeros(4, 6)).any()
     one_direction = torch.outer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0]))

@@ -51,7 +51,8 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     expected = [w.detach().clone() for w in ema.parameters()]
     for step, scale in enumerate((30.0, 0.01, 3.0, 1.0), start=48):
         losses = [scale * sum(w.sin().sum() for w in net.parameters()) for net in (network, twin)]
-        train.gradient_step(losses[0], network, ema, optimizers, step, 100)
+        train.gradient_step(losses[0], network, optimizers, step, 100, "float32")
+        train.update_ema(ema, network, step)
         losses[1].backward()
         norm = sum(w.grad.square().sum() for w in twin.parameters()).sqrt().item()
         for w in twin.parameters():
@@ -60,7 +61,7 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
             judge.param_groups[0]["lr"] = train.learning_rate(step, 100)
             judge.step()
             judge.zero_grad()
-        torch._foreach_lerp_(expected, [*twin.parameters()], 1 - (2 + step) / (11 + step))
+        torch._foreach_lerp_(expected, [*twin.parameters()], 1 - (1 + step) / (10 + step))
         same = {"rtol": 0, "atol": 1e-8}
         torch.testing.assert_close([*network.parameters()], [*twin.parameters()], **same)
         torch.testing.assert_close([*ema.parameters()], expected, **same)
@@ -70,6 +71,17 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
     train.update_ema(ema, network, 10**6)
     torch._foreach_lerp_(expected, [*network.parameters()], 0.0001)
     torch.testing.assert_close([*ema.parameters()], expected, **same)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_muon_multiplies_in_the_precision_of_the_run(monkeypatch, precision):
+    seen, orthogonal = [], toolbox.muon.orthogonal
+    note = lambda matrix: seen.append((matrix @ matrix.T).dtype) or orthogonal(matrix)  # noqa: E731
+    monkeypatch.setattr(toolbox.muon, "orthogonal", note)
+    network = torch.nn.Linear(3, 4)
+    optimizers = train.make_optimizers(network)
+    train.gradient_step(network(torch.ones(1, 3)).sum(), network, optimizers, 0, 10, precision)
+    assert seen == [getattr(torch, precision)]
 
 
 @pytest.mark.parametrize("hflip", [True, False])
@@ -191,6 +203,7 @@ def test_timing_makes_whole_steps_of_a_copy_in_both_precisions(train_here, monke
     train_here("--steps", 1, "--precision", None)
     *timed, real = steps
     assert len(timed) >= 3 and all(words[1] is not real[1] for words in timed)
+    assert {words[5] for words in timed} == {"float32", "bfloat16"} >= {real[5]}
     torch.manual_seed(0)
     start, weights = UNet(3, 3, **TINY).state_dict(), checkpoint("run")["network"]
     assert 0 < max((w - start[name]).abs().max().item() for name, w in weights.items()) < STEP
@@ -269,7 +282,7 @@ def test_after_ctrl_c_it_saves_and_the_same_command_resumes(train_here, monkeypa
 
     def stop_in_step_7(*words):
         step(*words)
-        if words[4:] == (6, 12):
+        if words[3:5] == (6, 12):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:

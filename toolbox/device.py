@@ -39,8 +39,14 @@ def error_of(device: str) -> Exception | None:
         return error
 
 
-def tune_malloc() -> None:
-    """Keep freed memory: glibc would return large blocks, to be cleared anew many times a step."""
+def tune(device: torch.device) -> None:
+    """Faster training: plain attention on CPUs, and memory that is kept.
+
+    On CPUs the backward pass of flash attention is slow, and its small memory is of no use here.
+    glibc would return large blocks that are freed, to be cleared anew many times a step.
+    """
+    if device.type == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)  # it also switches the CPU's
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library than glibc
             libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None), -1, -3

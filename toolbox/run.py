@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from toolbox.data import Data
-from toolbox.device import PROCESSES, RANK, all_reduce_mean, tune_malloc
+from toolbox.device import PROCESSES, RANK, all_reduce_mean, tune
 from toolbox.files import UserError, check_number, lock_folder, write_file
 from toolbox.models import read, same_network, save_model, write
 
@@ -70,7 +70,7 @@ class Run:
         self.history: list[tuple[int, float]] = []  # (step, mean loss since the entry before)
         self.recent: list[float] = []
         self.stop_requested = False
-        tune_malloc()
+        tune(self.device)
         self.resume()
         self.model = DistributedDataParallel(self.network) if PROCESSES > 1 else self.network
 
