@@ -32,6 +32,27 @@ def test_bfloat16_changes_it_by_a_few_percent():
     assert (coarse - fine).norm() < 0.03 * fine.norm()
 
 
+def test_each_matrix_of_a_stack_is_as_if_alone():
+    matrices = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    alone = torch.stack([orthogonal(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonal(matrices), alone)
+
+
+def test_matrices_of_one_shape_are_updated_each_by_its_own_gradient():
+    """A kernel (4, 2, 1, 3) is a matrix (4, 6), too."""
+    torch.manual_seed(0)
+    weights = [torch.randn(shape) for shape in [(4, 6), (4, 2, 1, 3), (6, 4), (4, 6)]]
+    twins = [w.clone() for w in weights]
+    for w in weights + twins:
+        w.requires_grad_()
+    for w, twin in zip(weights, twins, strict=True):
+        w.grad = torch.randn(w.shape)
+        twin.grad = w.grad.clone()
+        Muon([twin], lr=0.1).step()
+    Muon(weights, lr=0.1).step()
+    torch.testing.assert_close(weights, twins)
+
+
 def test_what_a_gradient_does_not_have_is_not_invented():
     assert not orthogonal(torch.zeros(4, 6)).any()
     one_direction = torch.outer(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, -1.0]))

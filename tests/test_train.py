@@ -76,7 +76,7 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_muon_multiplies_in_the_precision_of_the_run(monkeypatch, precision):
     seen, orthogonal = [], toolbox.muon.orthogonal
-    note = lambda matrix: seen.append((matrix @ matrix.T).dtype) or orthogonal(matrix)  # noqa: E731
+    note = lambda matrix: seen.append((matrix @ matrix.mT).dtype) or orthogonal(matrix)  # noqa: E731
     monkeypatch.setattr(toolbox.muon, "orthogonal", note)
     network = torch.nn.Linear(3, 4)
     optimizers = train.make_optimizers(network)
@@ -137,6 +137,17 @@ def tiny_run(steps=1000, precision="float32"):
     parts = network, copy.deepcopy(network), train.make_optimizers(network)
     data = Data("test", torch.zeros(40, 3, 8, 8, dtype=torch.uint8))
     return Run(toolbox.run.Path("run"), *parts, data, config, {}, steps, 8, 0, cpu, precision)
+
+
+def test_a_run_on_a_cpu_attends_without_the_flash_kernel():
+    q = torch.randn(1, 2, 16, 8)
+    for tuned in (False, True):
+        torch.backends.cuda.enable_flash_sdp(True)
+        if tuned:
+            tiny_run()
+        with torch.profiler.profile() as profile:
+            F.scaled_dot_product_attention(q, q, q)
+        assert any("flash" in event.key for event in profile.key_averages()) is not tuned
 
 
 def test_the_log_has_the_mean_loss_of_each_ten_steps_and_is_saved_when_due(here, monkeypatch):
