@@ -18,7 +18,7 @@ digits) # 6 minutes, and 4
     python -m latent_ext.train classes --data mnist --out "$out"
     python -m latent_ext.evaluate --model "$out/model.pt" --data mnist --guidance 1 3
     ;;
-latent-cats) # 13 minutes, and 5
+latent-cats) # 11 minutes, and 5
     python -m latent_ext.train all --out "$out"
     python -m latent_ext.evaluate --model "$out" --guidance 1 2 3
     ;;
