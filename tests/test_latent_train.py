@@ -171,6 +171,17 @@ def test_clip_learns_which_caption_belongs_to_which_image(main, monkeypatch):
     assert retrieval_accuracy(*networks[0], shifted, 20) < 0.2
 
 
+@pytest.mark.parametrize("part", ["vae", "clip", "unet", "classes"])
+def test_a_step_is_made_in_the_precision_of_the_run_and_then_averaged(main, monkeypatch, part):
+    for needed in ["vae", "clip"] if part == "unet" else []:
+        main(needed)
+    calls, module = [], latent_ext.train.PARTS[part]
+    monkeypatch.setattr(module, "gradient_step", lambda *words: calls.append(words[3:]))
+    monkeypatch.setattr(module, "update_ema", lambda *words: calls.append(words[2:]))
+    main(part, "--precision", "bfloat16")
+    assert calls == [(0, 2, "bfloat16"), (0,), (1, 2, "bfloat16"), (1,)]
+
+
 def record(monkeypatch, module):
     """x_t, t and the condition of each step of a training that then learns nothing."""
     seen = []

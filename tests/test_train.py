@@ -76,12 +76,24 @@ def test_a_step_is_clip_then_muon_for_matrices_and_adamw_for_vectors_then_ema():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_muon_multiplies_in_the_precision_of_the_run(monkeypatch, precision):
     seen, orthogonal = [], toolbox.muon.orthogonal
-    note = lambda matrix: seen.append((matrix @ matrix.mT).dtype) or orthogonal(matrix)  # noqa: E731
-    monkeypatch.setattr(toolbox.muon, "orthogonal", note)
+
+    def watched(matrices):
+        seen.append((matrices @ matrices.mT).dtype)
+        return orthogonal(matrices)
+
+    monkeypatch.setattr(toolbox.muon, "orthogonal", watched)
     network = torch.nn.Linear(3, 4)
     optimizers = train.make_optimizers(network)
     train.gradient_step(network(torch.ones(1, 3)).sum(), network, optimizers, 0, 10, precision)
     assert seen == [getattr(torch, precision)]
+
+
+def test_a_step_is_made_in_the_precision_of_the_run_and_then_averaged(train_here, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "gradient_step", lambda *words: calls.append(words[3:]))
+    monkeypatch.setattr(train, "update_ema", lambda *words: calls.append(words[2:]))
+    train_here("--steps", 2, "--precision", "bfloat16")
+    assert calls[-4:] == [(0, 2, "bfloat16"), (0,), (1, 2, "bfloat16"), (1,)]
 
 
 @pytest.mark.parametrize("hflip", [True, False])
